@@ -1,0 +1,61 @@
+"""EfficientNet as a system: a network is data, scaling is a function on it, and everything reads it.
+
+The public names are loaded when first used: `import triscale` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from triscale.version import __version__
+
+_HOME = {
+    "Arch": "architecture",
+    "ArchError": "architecture",
+    "Head": "architecture",
+    "Numerics": "architecture",
+    "Stage": "architecture",
+    "Stem": "architecture",
+    "arch": "families",
+    "names": "families",
+    "Coefficients": "scaling",
+    "Scaling": "scaling",
+    "compound": "scaling",
+    "fit_input": "scaling",
+    "scale": "scaling",
+    "Cost": "cost_model",
+    "cost": "cost_model",
+    "Fit": "budget",
+    "Workload": "budget",
+    "fit_budget": "budget",
+    "Preprocess": "recipe",
+    "Recipe": "recipe",
+    "ConvNet": "model",
+    "build": "model",
+    "time_callable": "latency",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from triscale.architecture import Arch, ArchError, Head, Numerics, Stage, Stem
+    from triscale.budget import Fit, Workload, fit_budget
+    from triscale.cost_model import Cost, cost
+    from triscale.families import arch, names
+    from triscale.latency import time_callable
+    from triscale.model import ConvNet, build
+    from triscale.recipe import Preprocess, Recipe
+    from triscale.scaling import Coefficients, Scaling, compound, fit_input, scale
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'triscale' has no attribute '{name}'")
+    value = getattr(import_module(f"triscale.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,155 @@
+"""How a network is trained and what it is fed, as data.
+
+`Recipe` and `Preprocess` are frozen; a field that doesn't exist is an error that names the nearest one. Both round-trip
+through JSON with `"format": 1`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+from triscale.naming import unknown
+
+FORMAT = 1
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
+Optimizer = Literal["sgd", "adamw"]
+
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+class RecipeError(ValueError):
+    """A setting that doesn't exist or makes no sense. The message names the field."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From a decoded image to the network's input, for evaluation.
+
+    A centre square of side int(size / (size + crop_padding) x shorter side) is cut out and resized to size x size, then
+    (x - mean) / std per channel on the 0..255 scale. crop_padding 32 is the official evaluation; 0 takes the whole
+    shorter side. channels: 3 (RGB) or 1 (grey). Source: official preprocessing.py.
+    """
+
+    size: int
+    crop_padding: int = 32
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        if type(self.size) is not int or not 1 <= self.size <= 1 << 16:
+            raise RecipeError(f"Preprocess.size: expected a whole number from 1 to {1 << 16}, found {self.size!r}")
+        if type(self.crop_padding) is not int or self.crop_padding < 0:
+            raise RecipeError(f"Preprocess.crop_padding: expected a whole number from 0, found {self.crop_padding!r}")
+        if self.interpolation not in get_args(Interpolation):
+            raise RecipeError(f"Preprocess.interpolation: {unknown('interpolation', self.interpolation, get_args(Interpolation))}")
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std) or not all(math.isfinite(v) for v in self.mean + self.std):
+            raise RecipeError(f"Preprocess: expected 1 or 3 finite means and as many stds, found {self.mean!r} and {self.std!r}")
+        if min(self.std) <= 0:
+            raise RecipeError(f"Preprocess.std: expected numbers above 0, found {self.std!r}")
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Preprocess:
+        return _from_dict(Preprocess, data)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that training decides. The defaults are `quick`.
+
+    lr: peak learning rate at `batch_size`, reached after `warmup_epochs`, then a cosine to 0. weight_decay acts on
+    convolution and linear weights only, not on norms and biases. flip: mirror half of the images. shift: random offset of
+    the crop in either direction, as a share of the side, edges repeated. erase: side of a random square set to the mean,
+    as a share of the side (0: none). ema: decay of a weight average that is evaluated and saved (0: none).
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    optimizer: Optimizer = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 2.0
+    label_smoothing: float = 0.1
+    flip: bool = True
+    shift: float = 0.125
+    erase: float = 0.0
+    ema: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Recipe)
+        for f in fields(self):
+            value, kind = getattr(self, f.name), hints[f.name]
+            if kind is float and type(value) is int:
+                object.__setattr__(self, f.name, value := float(value))
+            if kind in (int, float, bool) and (type(value) is not kind or not math.isfinite(value) or value < 0):
+                raise RecipeError(f"Recipe.{f.name}: expected a {kind.__name__} from 0, found {value!r}")
+        if self.optimizer not in get_args(Optimizer):
+            raise RecipeError(f"Recipe.optimizer: {unknown('optimizer', self.optimizer, get_args(Optimizer))}")
+        for name, low, high in (
+            ("epochs", 1, 100_000),
+            ("batch_size", 1, 1 << 20),
+            ("label_smoothing", 0, 0.99),
+            ("ema", 0, 0.999999),
+            ("shift", 0, 1),
+            ("erase", 0, 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise RecipeError(f"Recipe.{name}: expected {low:g} to {high:g}, found {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Recipe:
+        return _from_dict(Recipe, data)
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """`recipe` with these fields changed. Raises UnknownName for a field that doesn't exist, RecipeError for a bad value."""
+    known = [f.name for f in fields(Recipe)]
+    for key in changes:
+        if key not in known:
+            raise unknown("recipe field", key, known)
+    return replace(recipe, **changes)
+
+
+def _from_dict(kind: Any, data: Mapping[str, Any]) -> Any:
+    if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+        raise RecipeError(f'{kind.__name__}: expected an object with "format": {FORMAT}')
+    values = {key: value for key, value in data.items() if key != "format"}
+    known = [f.name for f in fields(kind)]
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{kind.__name__}: {unknown('field', key, known)}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise RecipeError(f"{kind.__name__}: {str(error).split('()')[-1].strip()}") from None
+
+
+def from_json(kind: type[Recipe] | type[Preprocess], text: str) -> Any:
+    """A Recipe or Preprocess from the JSON of its `to_dict`."""
+    try:
+        return _from_dict(kind, json.loads(text))
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{kind.__name__}: no JSON ({error})") from None
+
+
+# Named recipes. Each says its command, hardware, time and accuracy; what was not measured says "not run".
+RECIPES: dict[str, Recipe] = {"quick": Recipe()}
