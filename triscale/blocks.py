@@ -28,7 +28,7 @@ def activate(x: Tensor, kind: Activation) -> Tensor:
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """TensorFlow's SAME padding before and after one axis of `size`: the odd pixel comes after. Output ceil(size/stride)."""
-    total = torch.sym_max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    total: int = torch.sym_max((-(-size // stride) - 1) * stride + kernel - size, 0)  # type: ignore[assignment]  # or a SymInt
     return total // 2, total - total // 2
 
 
@@ -84,6 +84,10 @@ class BatchNorm(nn.BatchNorm2d):
 
     `momentum` is the weight of the new value. Counts no batches, so the state holds four tensors.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
 
     def __init__(self, channels: int, numerics: Numerics) -> None:
         super().__init__(channels, numerics.norm_eps, numerics.norm_momentum)

@@ -149,8 +149,7 @@ def _cost(arch: Arch, num_classes: int, in_channels: int, batch: int, size: tupl
         rows.append(row)
     rows.append(_head_row(arch, num_classes, size))
     request = (arch, num_classes, in_channels, batch, rows[0].resolution, bytes_per_value)
-    totals = (sum(getattr(r, key) for r in rows) for key in ("params", "macs", "activations"))
-    return Cost(*totals, tuple(rows), request)
+    return Cost(sum(r.params for r in rows), sum(r.macs for r in rows), sum(r.activations for r in rows), tuple(rows), request)
 
 
 def _stem_row(arch: Arch, in_channels: int, size: tuple[int, int]) -> StageCost:

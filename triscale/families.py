@@ -8,7 +8,7 @@ Sources: EfficientNet and Lite, tensorflow/tpu models/official/efficientnet; Eff
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from triscale.architecture import Arch, Head, Numerics, Stage, Stem
@@ -189,9 +189,9 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(known, key=lambda n: next(i for i, p in enumerate(order) if n.startswith(p))))
 
 
-@lru_cache(maxsize=None)
+@cache
 def arch(name: str) -> Arch:
-    """The named network. Raises UnknownName (a ValueError) that gives the nearest name.
+    """The named network. Raises UnknownNameError (a ValueError) that gives the nearest name.
 
     The members of a family carry the official multipliers, which are not exactly alpha^phi, beta^phi, gamma^phi.
     """

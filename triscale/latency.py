@@ -85,7 +85,7 @@ def time_in_turn(calls: Mapping[str, Callable[[], object]], *, runs: int = 20, w
 
 def forward_call(net: nn.Module, x: Tensor) -> Callable[[], object]:
     """A call of `net` on `x` in evaluation mode, channels-last, without autograd."""
-    net = net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = net.eval().to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
 
     def call() -> object:

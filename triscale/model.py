@@ -6,6 +6,7 @@ in eager mode, torch.compile, torch.export, channels-last, bf16 and at any input
 
 from __future__ import annotations
 
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,9 +43,8 @@ class ConvNet(nn.Module):
         n, stem = arch.numerics, arch.stem
         self.stem = ConvNormAct(in_channels, stem.channels, stem.kernel, n, stride=stem.stride, act=n.activation)
         self.pool = StemPool(n.padding) if stem.pool else None
-        self.body = nn.ModuleList(nn.ModuleList() for _ in arch.stages)
-        for block in arch.blocks():
-            self.body[block.stage_index].append(make_block(block, n))  # type: ignore[operator]
+        blocks = list(arch.blocks())
+        self.body = nn.ModuleList(nn.ModuleList(make_block(block, n) for block in blocks if block.stage_index == i) for i in range(len(arch.stages)))
         last = arch.stages[-1].channels
         self.head = ConvNormAct(last, arch.head.channels, 1, n, act=n.activation) if arch.head.channels else None
         self.classifier = Classifier(arch.out_channels, num_classes) if num_classes else None
@@ -61,18 +61,21 @@ class ConvNet(nn.Module):
         if self.pool is not None:
             out[f"stride{stride}"] = x
             x, stride = self.pool(x), stride * 2
-        for stage, stride in zip(self.body, self.stage_strides, strict=True):
+        for stage, stride in zip(self._stage_modules(), self.stage_strides, strict=True):
             for block in stage:
                 x = block(x)
             out[f"stride{stride}"] = x
         return out
+
+    def _stage_modules(self) -> list[nn.ModuleList]:
+        return [cast(nn.ModuleList, stage) for stage in self.body]
 
     def features(self, x: Tensor) -> Tensor:
         """The last feature map, after the head convolution: (N, arch.out_channels, H/32, W/32), sizes rounded up."""
         x = self.stem(x)
         if self.pool is not None:
             x = self.pool(x)
-        for stage in self.body:
+        for stage in self._stage_modules():
             for block in stage:
                 x = block(x)
         return self.head(x) if self.head is not None else x

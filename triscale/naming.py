@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Iterable
 
 
-class UnknownName(ValueError):
+class UnknownNameError(ValueError):
     """A name that is not in its list. The message gives the nearest known name."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownName:
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """The error for `name`, which is not one of `known`; `kind` says what was expected ("network", "recipe field")."""
     names = list(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
     hint = f"; nearest is '{near[0]}'" if near else ""
-    return UnknownName(f"unknown {kind} '{name}'{hint}")
+    return UnknownNameError(f"unknown {kind} '{name}'{hint}")

@@ -121,7 +121,7 @@ class Recipe:
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """`recipe` with these fields changed. Raises UnknownName for a field that doesn't exist, RecipeError for a bad value."""
+    """`recipe` with these fields changed. Raises UnknownNameError for a field that doesn't exist, RecipeError for a bad value."""
     known = [f.name for f in fields(Recipe)]
     for key in changes:
         if key not in known:
