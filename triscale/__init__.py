@@ -36,7 +36,32 @@ _HOME = {
     "time_callable": "latency",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "Arch",
+    "ArchError",
+    "Coefficients",
+    "ConvNet",
+    "Cost",
+    "Fit",
+    "Head",
+    "Numerics",
+    "Preprocess",
+    "Recipe",
+    "Scaling",
+    "Stage",
+    "Stem",
+    "Workload",
+    "__version__",
+    "arch",
+    "build",
+    "compound",
+    "cost",
+    "fit_budget",
+    "fit_input",
+    "names",
+    "scale",
+    "time_callable",
+]
 
 if TYPE_CHECKING:
     from triscale.architecture import Arch, ArchError, Head, Numerics, Stage, Stem

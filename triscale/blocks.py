@@ -108,7 +108,8 @@ class BatchNorm(nn.BatchNorm2d):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        # Not torch's batch norm's own, which puts the counter into a state that lacks it and then finds it unexpected.
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
 
 
 class ConvNormAct(nn.Module):

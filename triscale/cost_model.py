@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 
 from triscale.architecture import Arch, Block, Stage
 from triscale.memory_model import Memory, peak_memory
+from triscale.text import aligned
 
 
 @dataclass(frozen=True)
@@ -190,18 +191,11 @@ def _head_row(arch: Arch, num_classes: int, size: tuple[int, int]) -> StageCost:
 def table(arch: Arch, num_classes: int = 1000) -> str:
     """The paper's Table 1 for this network, with the parameters and MACs of each stage. MACs are multiply-adds."""
     c = cost(arch, num_classes)
-    head = ("Stage", "Operator", "Resolution", "#Channels", "#Layers", "Params", "MACs")
-    lines = [head]
-    for i, row in enumerate(c.per_stage, 1):
-        height, width = row.resolution
-        lines.append((f"{i}", row.operator, f"{height} x {width}", f"{row.channels}", f"{row.layers}", f"{row.params:,}", f"{row.macs:,}"))
-    layers = sum(row.layers for row in c.per_stage)
-    lines.append(("", "total", "", "", f"{layers}", f"{c.params:,}", f"{c.macs:,}"))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-
-    def text(line: tuple[str, ...]) -> str:
-        return "  ".join(cell.ljust(w) if i == 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-
-    rule = "-" * len(text(head))
+    header = ("Stage", "Operator", "Resolution", "#Channels", "#Layers", "Params", "MACs")
+    rows = [
+        (f"{i}", r.operator, f"{r.resolution[0]} x {r.resolution[1]}", f"{r.channels}", f"{r.layers}", f"{r.params:,}", f"{r.macs:,}")
+        for i, r in enumerate(c.per_stage, 1)
+    ]
+    rows.append(("", "total", "", "", f"{sum(r.layers for r in c.per_stage)}", f"{c.params:,}", f"{c.macs:,}"))
     title = f"{arch.name or 'network'}: {arch.resolution} px, dropout {arch.dropout:g}, {num_classes} classes; MACs are multiply-adds"
-    return "\n".join([title, text(lines[0]), rule, *map(text, lines[1:-1]), rule, text(lines[-1])])
+    return f"{title}\n{aligned(header, rows, left=(1,), total=True)}"

@@ -1,0 +1,88 @@
+"""The command line. Each command is a typed function; its options are declared there once, and tyro reads them.
+
+Exit status: 0 all done; 1 part of the inputs failed, each named; 2 nothing done; 3 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+DONE, PARTLY, NOTHING, INTERRUPTED = 0, 1, 2, 3
+
+# command -> (module with a function of that name, one line). The modules are loaded when their command is called.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "models": ("commands.networks", "the named networks with parameters, MACs and memory"),
+    "show": ("commands.networks", "one network as the paper's Table 1, with its cost"),
+    "scale": ("commands.networks", "scale a network: by phi, to a budget, or by multipliers"),
+    "demo": ("commands.training", "the paper's idea on real scans, in two minutes on two cores"),
+    "train": ("commands.training", "train a network on a folder of class folders, digits or cifar10"),
+    "predict": ("commands.prediction", "classify image files with a model file"),
+    "bench": ("commands.measuring", "latency of networks by the paper's Table 4 protocol"),
+    "reproduce": ("commands.measuring", "a table or figure of the paper, ours beside it"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name.ljust(width)}  {line}" for name, (_, line) in COMMANDS.items())
+    return (
+        "usage: triscale COMMAND [options]\n\n"
+        "EfficientNet as a system: a network is data, scaling is a function on it.\n\n"
+        f"commands:\n{rows}\n\n"
+        "triscale COMMAND --help tells each command's options; triscale --version the version.\n"
+        "Exit status: 0 all done; 1 part of the inputs failed, each named; 2 nothing done; 3 interrupted."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its status. A user's mistake is one line on standard error and status 2."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(DONE if args else NOTHING)
+    if args[0] in ("--version", "-V"):
+        from triscale.version import __version__
+
+        print(f"triscale {__version__}")
+        sys.exit(DONE)
+    sys.exit(_run(args[0], args[1:]))
+
+
+def _run(command: str, args: list[str]) -> int:
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if command not in COMMANDS:
+            from triscale.naming import unknown
+
+            raise unknown("command", command, COMMANDS)
+        return _call(command, args)
+    except KeyboardInterrupt as stop:
+        print(f"triscale {command}: stopped{f': {stop}' if str(stop) else ''}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, e.g. head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (ValueError, OSError, FloatingPointError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"triscale {command}: {message}", file=sys.stderr)
+        return NOTHING
+
+
+def _call(command: str, args: list[str]) -> int:
+    import tyro
+
+    from triscale.commands import TYRO
+
+    module = import_module(f"triscale.{COMMANDS[command][0]}")
+    if command == "train":
+        return int(module.train(module.train_options(args)))
+    function: Callable[..., int] = getattr(module, command)
+    return tyro.cli(function, args=args, prog=f"triscale {command}", config=TYRO)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

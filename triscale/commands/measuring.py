@@ -1,0 +1,72 @@
+"""bench and reproduce: what was measured and counted, beside the paper's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from triscale.commands.networks import read_arch
+from triscale.quantities import short
+from triscale.text import aligned
+
+PAPER_TABLE_4 = "The paper's Table 4 (one core of a Xeon E5-2690): ResNet-152 0.554 s, EfficientNet-B1 0.098 s, a ratio of 5.7."
+
+
+def bench(names: list[str], /, *, relative_to: str | None = None, batch: int = 1, threads: int = 1, runs: int = 20) -> int:
+    """Latency of networks by the paper's Table 4 protocol: batch 1, one CPU thread, 20 runs, mean and spread.
+
+    The networks take turns, run by run, so that a machine whose speed drifts treats them alike.
+
+    Args:
+        names: networks or .json files; resnet152 and efficientnet_b1, the paper's pair, unless given.
+        relative_to: the network that the ratio column divides by; the last one unless given.
+        batch: images at a time.
+        threads: CPU threads.
+        runs: timed runs of each network.
+    """
+    if min(batch, threads, runs) < 1:
+        raise ValueError(f"--batch, --threads and --runs: expected 1 or more, found {batch}, {threads} and {runs}")
+    archs = {name: read_arch(name) for name in names or ["resnet152", "efficientnet_b1"]}
+    reference = relative_to or list(archs)[-1]
+    archs.setdefault(reference, read_arch(reference))
+    import torch
+
+    from triscale.cost_model import cost
+    from triscale.latency import forward_call, time_in_turn
+    from triscale.model import build
+
+    torch.set_flush_denormal(True)  # random deep networks fade into denormals, which trained ones don't have
+    torch.manual_seed(0)
+    calls = {n: forward_call(build(a), torch.randn(batch, 3, a.resolution, a.resolution)) for n, a in archs.items()}
+    timings = time_in_turn(calls, runs=runs, threads_used=threads)
+    base = timings[reference].median
+    rows = []
+    for name, t in timings.items():
+        seconds = [f"{1e3 * v:.1f}" for v in (t.mean, t.spread, t.median, min(t.runs))]
+        macs = cost(archs[name]).macs
+        rate = f"{macs * batch / t.median / 1e9:.1f}"
+        rows.append((name, f"{archs[name].resolution}", short(macs), *seconds, rate, f"{t.median / base:.2f}"))
+    print(
+        f"batch {batch}, {threads} thread{'s' * (threads > 1)}, {runs} runs in turn, torch {torch.__version__}, eager, channels-last, float32, in ms"
+    )
+    print(aligned(("network", "px", "MACs", "mean", "sd", "median", "fastest", "GMAC/s", f"/ {reference}"), rows))
+    if {"resnet152", "efficientnet_b1"} <= set(archs):
+        print(f"\n{PAPER_TABLE_4}")
+        print(f"Here, medians: {timings['resnet152'].median / timings['efficientnet_b1'].median:.1f}.")
+    return 0
+
+
+def reproduce(name: str, /, out: Path | None = None) -> int:
+    """A table or figure of the paper, ours beside the paper's, with the difference.
+
+    Args:
+        name: table1, table2, table3, table7, figure1 or figure5.
+        out: where a figure is written, a .png file or a folder; runs/reproduce unless given.
+    """
+    from triscale.reproduce import render, reproduce
+
+    if out is None and name.startswith("figure"):
+        out = Path("runs/reproduce")
+    result = reproduce(name, out)
+    print(render(result, shutil.get_terminal_size((160, 24)).columns))
+    return 0

@@ -1,0 +1,136 @@
+"""models, show, scale: networks as data. No torch is loaded, unless a latency is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from triscale import quantities
+from triscale.architecture import Arch, ArchError
+from triscale.budget import Workload, fit_budget
+from triscale.cost_model import cost
+from triscale.families import arch as named_arch
+from triscale.families import names
+from triscale.files import write_text
+from triscale.scaling import ALPHA, BETA, GAMMA, Coefficients, Scaling, ScalingError, compound
+from triscale.scaling import scale as scale_arch
+from triscale.text import aligned
+
+
+def read_arch(name: str) -> Arch:
+    """A named network, or one from a JSON file (a name that ends in .json)."""
+    if not name.endswith(".json"):
+        return named_arch(name)
+    try:
+        return Arch.from_json(Path(name).read_text(encoding="utf-8"))
+    except ArchError as error:
+        raise ArchError(f"{name}: {error}") from None
+    except UnicodeDecodeError:
+        raise ArchError(f"{name}: not an architecture file: no UTF-8 text") from None
+
+
+def _measure(arch: Arch) -> float:
+    from triscale.latency import measure_arch  # loads torch
+
+    return measure_arch(arch)
+
+
+def models() -> int:
+    """The named networks, counted for 1000 classes. MACs are multiply-adds for one image; memory is for batch 1 in float32."""
+    rows = []
+    for name in names():
+        c = cost(arch := named_arch(name))
+        memory = (quantities.size(c.memory.inference), quantities.size(c.memory.training()))
+        rows.append((name, f"{arch.resolution}", f"{c.params:,}", f"{c.macs / 1e9:.3f} G", f"{c.activations / 1e6:.1f} M", *memory))
+    print(aligned(("network", "px", "params", "MACs", "activations", "inference", "training"), rows))
+    return 0
+
+
+def show(name: str, /, classes: int = 1000, batch: int = 1, json: bool = False) -> int:
+    """One network as the paper's Table 1, with what it costs.
+
+    Args:
+        name: a network's name, or a .json file.
+        classes: outputs of the classifier.
+        batch: images at a time, for the memory.
+        json: print the network as JSON instead, as --save and other commands' .json files have it.
+    """
+    arch = read_arch(name)
+    if json:
+        print(arch.to_json())
+        return 0
+    c = cost(arch, classes, batch=batch)
+    n, m = arch.numerics, c.memory
+    from triscale.cost_model import table
+
+    print(table(arch, classes))
+    print(f"\nnumerics: {n.padding} padding, {n.activation}, batch norm eps {n.norm_eps:g} momentum {n.norm_momentum:g}, drop path {n.drop_path:g}")
+    print(f"activations {c.activations:,} a image; memory at batch {batch}, float32: weights {quantities.size(m.weights)},", end=" ")
+    print(f"inference {quantities.size(m.inference)} in all, training step {quantities.size(m.training())} in all (RMSProp)")
+    return 0
+
+
+def scale(
+    name: str,
+    /,
+    phi: float | None = None,
+    macs: str | None = None,
+    params: str | None = None,
+    memory: str | None = None,
+    latency: str | None = None,
+    depth: float = 1,
+    width: float = 1,
+    resolution: float = 1,
+    alpha: float = ALPHA,
+    beta: float = BETA,
+    gamma: float = GAMMA,
+    batch: int = 1,
+    training: bool = False,
+    save: Path | None = None,
+) -> int:
+    """Scale a network: by phi, to the largest within budgets, or by multipliers.
+
+    Args:
+        name: a network's name, or a .json file.
+        phi: compound scaling by alpha^phi, beta^phi, gamma^phi; may be negative or a fraction.
+        macs: budget of multiply-adds an image, e.g. 400M or 2e9.
+        params: budget of parameters, e.g. 10M.
+        memory: budget of memory in bytes, e.g. 500MB, for --batch images of inference (or --training).
+        latency: budget of measured time for one image on one CPU thread, e.g. 20ms.
+        depth: multiplier of the layers.
+        width: multiplier of the channels.
+        resolution: multiplier of the input size.
+        alpha: depth's base for phi.
+        beta: width's base for phi.
+        gamma: resolution's base for phi.
+        batch: images at a time, for --memory.
+        training: --memory is for a training step.
+        save: write the network to this .json file, which show, train and bench take.
+    """
+    arch = read_arch(name)
+    budgets = {"macs": macs, "params": params, "memory": memory}
+    counts = {key: quantities.count(value) for key, value in budgets.items() if value is not None}
+    multiplied = (depth, width, resolution) != (1, 1, 1)
+    if sum((phi is not None, multiplied, bool(counts) or latency is not None)) != 1:
+        raise ScalingError(
+            "give one of: --phi; budgets (--macs, --params, --memory, --latency, together if you like); --depth, --width, --resolution"
+        )
+    if phi is not None:
+        scaled = scale_arch(arch, compound(phi, alpha, beta, gamma))
+    elif multiplied:
+        scaled = scale_arch(arch, Scaling(depth, width, resolution))
+    else:
+        fit = fit_budget(
+            arch,
+            **counts,
+            latency=None if latency is None else quantities.seconds(latency),
+            measure=None if latency is None else _measure,
+            coefficients=Coefficients(alpha, beta, gamma),
+            workload=Workload(batch, training),
+        )
+        print(f"{fit}\n")
+        scaled = fit.arch
+    print(scaled)
+    if save:
+        write_text(save, scaled.to_json() + "\n")
+        print(f"\nsaved to {save}")
+    return 0

@@ -1,0 +1,20 @@
+"""Plain-text tables, readable in a terminal, a log and a mail."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Container[int] = (0,), total: bool = False) -> str:
+    """Columns two spaces apart; those in `left` flush left, the rest right. total: a rule before the last row."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def text(line: Sequence[str]) -> str:
+        return "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    body = [text(row) for row in rows]
+    if total and body:
+        body.insert(-1, rule)
+    return "\n".join([text(header), rule, *body])

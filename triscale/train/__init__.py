@@ -1,0 +1,1 @@
+"""Training: optimisers, schedule, weight average, and the one loop."""

@@ -1,0 +1,1 @@
+"""Weights from elsewhere: name maps, file formats, strict loading."""

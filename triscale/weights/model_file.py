@@ -1,0 +1,112 @@
+"""A model is one .safetensors file: its metadata carries Arch, Preprocess, class names, provenance and measured accuracy.
+
+That file alone is enough to predict, export and fine-tune. Reading it executes nothing, and nothing is read from outside
+the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from triscale.architecture import Arch
+from triscale.files import write_whole
+from triscale.model import ConvNet, build
+from triscale.recipe import Preprocess
+
+FORMAT = 1
+KEY = "triscale"
+
+
+class ModelFileError(ValueError):
+    """A file that is no triscale model. The message is one line that names the file."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model file says of itself. provenance: free facts (data, recipe, version); measured: e.g. {"top1": 0.98}."""
+
+    arch: Arch
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        body = {
+            "format": FORMAT,
+            "arch": json.loads(self.arch.to_json()),
+            "preprocess": self.preprocess.to_dict(),
+            "classes": list(self.classes),
+            "provenance": self.provenance,
+            "measured": self.measured,
+        }
+        return json.dumps(body)
+
+    @staticmethod
+    def from_json(text: str) -> ModelCard:
+        data = json.loads(text)
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise ValueError(f'expected "format": {FORMAT}')
+        classes = data.get("classes")
+        if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes) or not classes:
+            raise ValueError("expected a list of class names")
+        arch, preprocess = Arch.from_json(json.dumps(data.get("arch"))), Preprocess.from_dict(data.get("preprocess") or {})
+        return ModelCard(arch, preprocess, tuple(classes), dict(data.get("provenance") or {}), dict(data.get("measured") or {}))
+
+
+def save_model(path: str | os.PathLike[str], net: ConvNet, card: ModelCard) -> None:
+    """Writes the model file, whole or not at all. Tensors are stored contiguous, in the net's own precision."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={KEY: card.to_json()}))
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[ConvNet, ModelCard]:
+    """The network, in evaluation mode on the CPU, and its card. Raises ModelFileError.
+
+    Every tensor must be there with its shape, and none more; the network is built only after the names have been checked.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            if text is None:
+                raise ModelFileError(f"{path}: a safetensors file, but not a triscale model (no '{KEY}' in its metadata)")
+            card = ModelCard.from_json(text)
+            with torch.device("meta"):
+                net = build(card.arch, len(card.classes), card.preprocess.channels)
+            wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+            if wanted != found:
+                raise ModelFileError(f"{path}: tensors don't fit its own architecture; {_difference(wanted, found)}")
+            net.load_state_dict({name: file.get_tensor(name) for name in wanted}, assign=True)
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path}: not a model file ({_first_line(error)})") from None
+    except ModelFileError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelFileError(f"{path}: its metadata make no model ({_first_line(error)})") from None
+    return net.eval(), card
+
+
+def _difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    kinds = {
+        "missing": [n for n in wanted if n not in found],
+        "left over": [n for n in found if n not in wanted],
+        "wrong shape": [n for n in wanted if n in found and wanted[n] != found[n]],
+    }
+    return "; ".join(f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in kinds.items() if names)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
