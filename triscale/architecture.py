@@ -286,9 +286,10 @@ class Arch:
         """The Arch that `to_json` wrote. Raises ArchError (a ValueError) that names what is wrong, and where."""
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of thousands of digits
             raise ArchError(f"not an architecture file: no JSON ({error})") from None
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        version = data.pop("format", None) if isinstance(data, dict) else None
+        if type(version) is not int or version != FORMAT:
             raise ArchError(f'not an architecture file: expected a JSON object with "format": {FORMAT}')
         stages = data.get("stages")
         if not isinstance(stages, list):

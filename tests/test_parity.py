@@ -1,0 +1,246 @@
+"""On the same weights ours and timm's networks give the same numbers: logits, features, gradients.
+
+Held to 1e-5 of the largest value in float32 and 1e-9 in float64. timm is an independent implementation; its `tf_` models
+pad as TensorFlow does.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import triscale as ts
+from triscale.weights.dialects import timm_names, translate
+
+TORCH_DIALECT = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1, "running_variance": "unbiased"}
+ARCHS = {
+    **{f"tf_efficientnet_b{i}": ts.arch(f"efficientnet_b{i}") for i in range(5)},
+    "tf_efficientnetv2_b0": ts.arch("efficientnetv2_b0"),
+    "tf_efficientnet_lite0": ts.arch("efficientnet_lite0"),
+    "efficientnet_b0": ts.arch("efficientnet_b0").with_numerics(**TORCH_DIALECT),
+    "mobilenetv1_100": ts.arch("mobilenet_v1"),
+    "mobilenetv2_100": ts.arch("mobilenet_v2"),
+    "semnasnet_100": ts.arch("mnasnet_a1"),
+    "resnet18": ts.arch("resnet18"),
+    "resnet50": ts.arch("resnet50"),
+}
+SMALL = ((75, 75), (64, 96))
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+
+def images(n, size, seed, dtype=torch.float32):
+    """Smooth colour fields with noise, which differ more from each other than noise alone."""
+    g = torch.Generator().manual_seed(seed)
+    smooth = F.interpolate(torch.randn(n, 3, 5, 5, generator=g), size, mode="bilinear")
+    return (smooth + 0.3 * torch.randn(n, 3, *size, generator=g)).to(dtype)
+
+
+def randomise(net, x):
+    """Norms and biases away from 0 and 1; each norm's running statistics near those of its own input, so the signal stays alive.
+
+    The mean shift is 0.5: with 0 about it, a deep random network of norms and ReLUs amplifies rounding errors so much that
+    timm's own float32 logits of ResNet-50 lie 2e-5 from its float64 ones.
+    """
+    for p in net.parameters():
+        if p.ndim == 1:
+            p.data.normal_(0, 0.1)
+
+    def settle(norm, inputs):
+        variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.bias.data.normal_(0.5, 0.5)
+        norm.running_mean.normal_().mul_(0.1 * variance.sqrt()).add_(mean)
+        norm.running_var.uniform_(0.5, 1.5).mul_(variance.clamp(min=0.1 * variance.mean().item()))
+
+    hooks = [m.register_forward_pre_hook(settle) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        net.eval()(x)
+    for hook in hooks:
+        hook.remove()
+
+
+@lru_cache(maxsize=1)
+def pair(name):
+    """timm's network with random weights and statistics, and ours with the same ones, both in float32 evaluation."""
+    torch.manual_seed(1)
+    theirs = timm.create_model(name)
+    randomise(theirs, images(4, (ARCHS[name].resolution * 3 // 4,) * 2, seed=0))
+    ours = ts.build(ARCHS[name])
+    ours.load_state_dict(translate(theirs.state_dict(), ARCHS[name]))
+    return theirs, ours.eval()
+
+
+def error(got, expected):
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def assert_alive(logits):
+    """Two images give logits that differ by a fair part of their size: else no error would show."""
+    assert (logits[0] - logits[1]).abs().max() > 0.05 * logits.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ARCHS)
+def test_logits(name, dtype, request):
+    theirs, ours = (net.to(dtype) for net in pair(name))
+    request.addfinalizer(lambda: (theirs.float(), ours.float()))
+    native = ARCHS[name].resolution
+    sizes = (*SMALL, (native, native)) if dtype == torch.float32 else SMALL
+    for size in sizes:
+        x = images(2, size, seed=1, dtype=dtype)
+        with torch.no_grad():
+            expected, folded = theirs(x), ours(x)
+        assert_alive(expected)
+        assert error(folded, expected) <= TOLERANCE[dtype], size
+        if size in SMALL:
+            unfolded = ours(x)
+            assert unfolded.requires_grad
+            assert error(unfolded.detach(), expected) <= TOLERANCE[dtype], size
+            channels_last = ours(x.contiguous(memory_format=torch.channels_last)).detach()
+            assert error(channels_last, expected) <= TOLERANCE[dtype], size
+
+
+def test_logits_of_real_weights(shared):
+    """EfficientNetV2-B0, ImageNet, at its own size and two others."""
+    state = load_file(shared / "weights/efficientnetv2_b0/tf_efficientnetv2_b0.timm.safetensors")
+    theirs = timm.create_model("tf_efficientnetv2_b0").eval()
+    theirs.load_state_dict(state)
+    arch = ts.arch("efficientnetv2_b0")
+    ours = ts.build(arch).eval()
+    ours.load_state_dict(translate(state, arch))
+    for dtype, sizes in ((torch.float32, ((224, 224), *SMALL)), (torch.float64, SMALL)):
+        for net in (theirs, ours):
+            net.to(dtype)
+        for size in sizes:
+            x = images(2, size, seed=1, dtype=dtype)
+            with torch.no_grad():
+                expected, folded = theirs(x), ours(x)
+            assert_alive(expected)
+            assert error(folded, expected) <= TOLERANCE[dtype], (dtype, size)
+            assert error(ours(x).detach(), expected) <= TOLERANCE[dtype], (dtype, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [("tf_efficientnet_b0", (16, 24, 40, 112, 320)), ("tf_efficientnetv2_b0", (16, 32, 48, 112, 192)), ("resnet50", (64, 256, 512, 1024, 2048))],
+)
+def test_stages(name, channels):
+    """`stages` gives the maps that timm's feature extraction gives, at strides 2 to 32."""
+    theirs, ours = pair(name)
+    x = images(2, (75, 97), seed=3)
+    with torch.no_grad():
+        expected, got = theirs.forward_intermediates(x, intermediates_only=True), ours.stages(x)
+    assert list(got) == ["stride2", "stride4", "stride8", "stride16", "stride32"]
+    for want, have, c in zip(expected, got.values(), channels, strict=True):
+        assert have.shape[1] == c
+        assert have.shape == want.shape
+        assert error(have, want) <= 1e-5
+
+
+def betas_without_gradient(arch):
+    """The shifts of projection norms that no loss can see in training: a constant per channel that reaches nothing but 1x1
+    convolutions followed by batch norm, which subtracts it again.
+
+    A projection's output goes to the next block and, where that one has an identity skip, to the one after it. A block
+    whose first convolution is larger than 1x1 sees the constant end at the zero padding, so the gradient is not 0 there.
+    """
+    blocks = [*arch.blocks(), None]
+    pointwise = [b is None or (b.stage.block == "mbconv" and b.stage.expand != 1) for b in blocks]
+    unseen = set()
+    for i, block in enumerate(blocks[:-1]):
+        if block.stage.block not in ("mbconv", "fused_mbconv") or (block.stage.block == "fused_mbconv" and block.stage.expand == 1):
+            continue
+        readers = [i + 1]
+        while blocks[readers[-1]] is not None and blocks[readers[-1]].shortcut == "identity":
+            readers.append(readers[-1] + 1)
+        if all(pointwise[r] for r in readers):
+            unseen.add(f"body.{block.stage_index}.{block.layer}.project.norm.bias")
+    return unseen
+
+
+@pytest.mark.parametrize(
+    ("name", "unseen"),
+    [
+        ("tf_efficientnet_b0", 16),
+        ("tf_efficientnet_b1", 22),
+        ("tf_efficientnetv2_b0", 17),
+        ("mobilenetv2_100", 17),
+        ("mobilenetv1_100", 0),
+        ("resnet50", 0),
+    ],
+)
+def test_gradients(name, unseen):
+    """Of a cross entropy in float64, in training mode with drop connect and dropout off, for every parameter."""
+    arch = replace(ARCHS[name].with_numerics(drop_path=0.0), dropout=0.0)
+    theirs = pair(name)[0].double()
+    try:
+        theirs.train()
+        ours = ts.build(arch).double().train()
+        ours.load_state_dict(translate(theirs.state_dict(), arch))
+        x = images(4, (64, 80), seed=5, dtype=torch.float64)
+        y = torch.tensor([3, 700, 12, 999])
+        for net in (theirs, ours):
+            net.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+        reference = {key: p.grad for key, p in theirs.named_parameters()}
+    finally:
+        theirs.zero_grad()
+        theirs.eval().float()
+    names, own, skipped = timm_names(arch), dict(ours.named_parameters()), betas_without_gradient(arch)
+    assert len(skipped) == unseen
+    largest = max(grad.abs().max() for grad in reference.values())
+    for key, p in own.items():
+        want = reference[names[key]]
+        if key in skipped:
+            assert max(p.grad.abs().max(), want.abs().max()) < 1e-12 * largest, key
+        else:
+            assert error(p.grad, want) <= 1e-9, key
+
+
+@pytest.mark.parametrize("kind", ["missing", "left over", "another shape", "twice"])
+def test_translate_is_strict(kind):
+    arch = ARCHS["mobilenetv2_100"]
+    state = {name: torch.zeros(()).expand(shape) for name, shape in zip(timm_names(arch).values(), shapes_of(arch), strict=True)}
+    assert len(translate(state, arch)) == len(state)
+    if kind == "missing":
+        for name in [n for n in state if ".bn1." in n][:12]:
+            del state[name]
+        expected = r"12 missing: blocks\.0\.0\.bn1\.weight, .*, \.\.\. and 2 more"
+    elif kind == "left over":
+        state |= {"aux.weight": torch.zeros(3), "blocks.9.0.bn1.weight": torch.zeros(3)}
+        expected = r"2 left over: aux\.weight, blocks\.9\.0\.bn1\.weight$"
+    elif kind == "another shape":
+        state["classifier.weight"] = torch.zeros(10, 1280)
+        expected = r"1 of another shape: classifier\.weight \(10, 1280\) instead of \(1000, 1280\)"
+    else:  # both names of one layer: the one that isn't this dialect's is left over
+        state["stem.conv.bias"] = state["conv_stem.weight"]
+        expected = r"1 left over: stem\.conv\.bias"
+    with pytest.raises(ValueError, match=expected):
+        translate(state, arch)
+
+
+def shapes_of(arch):
+    return [t.shape for t in ts.build(arch).state_dict().values()]
+
+
+def test_translate_drops_batch_counters_and_reads_our_own_names():
+    arch = ARCHS["resnet18"]
+    state = pair("resnet18")[0].state_dict()
+    assert "bn1.num_batches_tracked" in state
+    ours = translate(state, arch)
+    assert "stem.conv.weight" in ours
+    again = translate(ours, arch)
+    assert all(again[key] is ours[key] for key in ours)
+    assert len(set(timm_names(arch).values())) == len(ours)
+    with pytest.raises(ValueError, match="no known dialect"):
+        translate({"backbone.conv.weight": torch.zeros(1)}, arch)
+
+
+def test_a_part_without_a_name_is_refused():
+    squeezed_conv = replace(ts.arch("resnet18"), stages=(ts.Stage("conv", 3, 1, 1, 0.25, "none", 64, 1),))
+    with pytest.raises(ValueError, match="timm names have none for 'se' in a block 'conv'"):
+        timm_names(squeezed_conv)
