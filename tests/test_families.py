@@ -1,6 +1,7 @@
 """The named networks against the official code's own tables, and its numerics in training."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ LITE_DROPOUT = {f"efficientnet_lite{i}": d for i, d in enumerate((0.2, 0.2, 0.3,
 GOLDEN = [f"efficientnet_b{i}" for i in range(9)] + ["efficientnet_l2"]
 
 
+@cache
 def meta_build(arch, num_classes=1000):
     with torch.device("meta"):
         return ts.build(arch, num_classes)
