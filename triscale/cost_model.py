@@ -188,9 +188,9 @@ def _head_row(arch: Arch, num_classes: int, size: tuple[int, int]) -> StageCost:
     return StageCost(name, size, arch.out_channels, 1, count.params, count.macs, count.activations)
 
 
-def table(arch: Arch, num_classes: int = 1000) -> str:
+def table(arch: Arch, num_classes: int = 1000, in_channels: int = 3) -> str:
     """The paper's Table 1 for this network, with the parameters and MACs of each stage. MACs are multiply-adds."""
-    c = cost(arch, num_classes)
+    c = cost(arch, num_classes, in_channels)
     header = ("Stage", "Operator", "Resolution", "#Channels", "#Layers", "Params", "MACs")
     rows = [
         (f"{i}", r.operator, f"{r.resolution[0]} x {r.resolution[1]}", f"{r.channels}", f"{r.layers}", f"{r.params:,}", f"{r.macs:,}")

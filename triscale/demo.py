@@ -24,7 +24,7 @@ import torch
 
 from triscale.architecture import Arch, Head, Numerics, Stage, Stem
 from triscale.classify import Evaluated, preprocess_for, train_classifier
-from triscale.cost_model import cost
+from triscale.cost_model import cost, table
 from triscale.data.datasets import load
 from triscale.evaluate import predict_logits
 from triscale.files import write_text
@@ -54,7 +54,7 @@ BASE = Arch(
     name="base",
 )
 
-RECIPE = Recipe(epochs=18, batch_size=64, lr=0.1, warmup_epochs=1.0, label_smoothing=0.05, flip=False, shift=0.1, ema=0.99)
+RECIPE = Recipe(epochs=15, batch_size=64, lr=0.1, warmup_epochs=1.0, label_smoothing=0.05, flip=False, shift=0.1, ema=0.99)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _finish(out: Path, all_ways: list[Way], results: list[dict[str, Any]], recip
         s = way.scaling
         row = {"name": way.name, "depth": s.depth, "width": s.width, "resolution": s.resolution, "phi": s.phi, "px": way.arch.resolution}
         row |= {"macs": way.macs, "params": way.params, "top1": [r["top1"] for r in mine], "seconds": [r["seconds"] for r in mine]}
-        rows.append(row | {"table": str(way.arch), "arch": json.loads(way.arch.to_json())})
+        rows.append(row | {"table": table(way.arch, CLASSES, CHANNELS), "arch": json.loads(way.arch.to_json())})
     best = max((r for r in rows if r["name"] != "base"), key=lambda r: statistics.fmean(r["top1"]))
     chosen = next(r for r in results if r["way"] == best["name"] and r["seed"] == 0)
     net, card = load_model(chosen["path"])

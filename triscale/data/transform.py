@@ -26,7 +26,7 @@ def square(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     top, left = (height - side + 1) // 2, (width - side + 1) // 2
     cut = Image.fromarray(np.ascontiguousarray(image[top : top + side, left : left + side]))
     resized = cut.resize((preprocess.size, preprocess.size), _FILTERS[preprocess.interpolation])
-    pixels = np.asarray(resized if preprocess.channels == 3 else resized.convert("L"))
+    pixels = np.array(resized if preprocess.channels == 3 else resized.convert("L"))
     return pixels.reshape(preprocess.size, preprocess.size, preprocess.channels)
 
 

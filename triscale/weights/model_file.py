@@ -64,9 +64,16 @@ class ModelCard:
 
 
 def save_model(path: str | os.PathLike[str], net: ConvNet, card: ModelCard) -> None:
-    """Writes the model file, whole or not at all. Tensors are stored contiguous, in the net's own precision."""
+    """Writes the model file, whole or not at all. Tensors are stored contiguous, in the net's own precision. Raises OSError."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={KEY: card.to_json()}))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata={KEY: card.to_json()})
+        except SafetensorError as error:  # a full disk comes as this
+            raise OSError(f"{path}: could not be written ({_first_line(error)})") from None
+
+    write_whole(path, write)
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[ConvNet, ModelCard]:

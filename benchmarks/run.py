@@ -1,0 +1,87 @@
+"""Runs every benchmark with pinned cores; writes results/*.json with versions and machine, and docs/benchmarks.md from them.
+
+python -m benchmarks.run [startup] [forward_b0] [training_step]
+"""
+
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.forward_b0 import ratios
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
+CORES = {"startup": 1, "forward_b0": 1, "training_step": 2}
+
+
+def machine(cores):
+    import timm
+    import torch
+    import torchvision
+
+    from triscale.demo import processor
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__, "torchvision": torchvision.__version__}
+    return {"processor": processor(), "cores": cores, "date": time.strftime("%Y-%m-%d"), "load_before": os.getloadavg()[0], **versions}
+
+
+def main(names):
+    RESULTS.mkdir(exist_ok=True)
+    available = sorted(os.sched_getaffinity(0))
+    for name in names or CORES:
+        os.sched_setaffinity(0, available[: CORES[name]])
+        about = machine(CORES[name])
+        print(f"{name} ...", flush=True)
+        rows = importlib.import_module(f"benchmarks.{name}").main()
+        body = {"benchmark": name, "machine": about, "rows": rows}
+        (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n")
+        os.sched_setaffinity(0, available)
+    PAGE.write_text(page())
+    print(PAGE.read_text())
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def about(body):
+    m = body["machine"]
+    versions = f"Python {m['python']}, torch {m['torch']}, timm {m['timm']}, torchvision {m['torchvision']}"
+    return f"{m['processor']}, {m['cores']} core{'s' * (m['cores'] > 1)} pinned; {versions}; {m['date']}."
+
+
+def page():
+    """docs/benchmarks.md, from whatever results there are."""
+    bodies = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in CORES if (RESULTS / f"{name}.json").is_file()}
+    parts = [
+        "# Benchmarks\n\nMade by `make bench` (`python -m benchmarks.run`); the figures lie in `benchmarks/results/`. Medians; "
+        "peers take turns with us in one run."
+    ]
+    if "startup" in bodies:
+        rows = [
+            [r["what"], f"{r['median_ms']:.2f}", f"{r['min_ms']:.2f} to {r['max_ms']:.2f}", f"{r['limit_ms'] or '—'}"]
+            for r in bodies["startup"]["rows"]
+        ]
+        parts += ["## Before anything is computed", about(bodies["startup"]), table(["what", "median ms", "range ms", "limit ms"], rows)]
+    titles = {
+        "forward_b0": "EfficientNet-B0, forward, batch 1 at 224 px, one thread, eager float32",
+        "training_step": "EfficientNet-B0, training step with SGD, batch 32 at 64 px, two threads, eager float32",
+    }
+    for name, title in titles.items():
+        if name not in bodies:
+            continue
+        rows = bodies[name]["rows"]
+        cells = [[r["library"], r["padding"], r["format"], f"{r['median_ms']:.2f}", f"{r['min_ms']:.2f}", f"{r['sd_ms']:.2f}"] for r in rows]
+        parts += [f"## {title}", about(bodies[name]), table(["library", "padding", "format", "median ms", "fastest ms", "sd ms"], cells)]
+        lines = [f"- {r['padding']} padding: {r['ratio']:.3f} of {r['against']}'s time" for r in ratios(rows)]
+        parts.append("triscale against each peer with the same padding, each in its better format (below 1: faster):\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
