@@ -25,7 +25,7 @@ import torch
 from triscale.architecture import Arch, Head, Numerics, Stage, Stem
 from triscale.classify import Evaluated, preprocess_for, train_classifier
 from triscale.cost_model import cost, table
-from triscale.data.datasets import load
+from triscale.data.datasets import find, load
 from triscale.evaluate import predict_logits
 from triscale.files import write_text
 from triscale.recipe import Recipe
@@ -127,7 +127,7 @@ def _weight(arch: Arch) -> int:
 
 def _train(job: _Job) -> dict[str, Any]:
     preprocess = preprocess_for(job.arch.resolution, CHANNELS)
-    splits = load("digits", preprocess)
+    splits = load(find("digits"), preprocess)
     start, last = time.perf_counter(), None
     for event in train_classifier(splits, job.arch, preprocess, job.recipe, evaluate_every=job.recipe.epochs):
         if isinstance(event, Step):
@@ -146,7 +146,7 @@ def run(out: Path, *, seeds: int = 3, recipe: Recipe = RECIPE, workers: int | No
 
     Nothing is written when it is stopped before. Raises DataError where scikit-learn is missing.
     """
-    load("digits", preprocess_for(8, CHANNELS))  # a missing package is told here, not by a worker
+    find("digits")  # a missing package is told here, not by a worker
     all_ways = ways()
     out.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -196,7 +196,7 @@ def _finish(out: Path, all_ways: list[Way], results: list[dict[str, Any]], recip
     machine = {"processor": processor(), "workers": workers, "python": platform.python_version(), "torch": torch.__version__, "triscale": __version__}
     body = {"format": 1, "kind": "demo", "budget": BUDGET, "alpha": ALPHA, "beta": BETA, "gamma": GAMMA, "seconds": seconds, "machine": machine}
     body |= {"recipe": recipe.to_dict(), "networks": rows, "best": best["name"], "samples": _samples(out / "model.safetensors")}
-    splits = load("digits", preprocess_for(8, CHANNELS))
+    splits = load(find("digits"), preprocess_for(8, CHANNELS))
     body |= {"train_images": len(splits.train), "held_out_images": len(splits.held_out)}
     write_text(out / "results.json", json.dumps(body, indent=1))
 
@@ -204,7 +204,7 @@ def _finish(out: Path, all_ways: list[Way], results: list[dict[str, Any]], recip
 def _samples(path: Path) -> list[dict[str, Any]]:
     """Held-out scans with what the model says: its least certain ones first, right or wrong, then evenly drawn others."""
     net, card = load_model(path)
-    shown, scans = load("digits", card.preprocess).held_out, load("digits", preprocess_for(8, CHANNELS)).held_out
+    shown, scans = load(find("digits"), card.preprocess).held_out, load(find("digits"), preprocess_for(8, CHANNELS)).held_out
     probabilities = predict_logits(net, shown.images, card.preprocess).softmax(1)
     certainty = probabilities.max(1).values
     hardest = certainty.argsort()[: SAMPLES // 2].tolist()

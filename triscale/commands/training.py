@@ -117,7 +117,7 @@ def train(options: Train) -> int:
     from triscale.budget import Workload, fit_budget
     from triscale.classify import Evaluated, Saved, preprocess_for, run_folder
     from triscale.cost_model import cost
-    from triscale.data.datasets import NAMED, load
+    from triscale.data.datasets import NAMED, find, load
     from triscale.report import render
     from triscale.scaling import fit_input
     from triscale.train.loop import Step
@@ -128,16 +128,17 @@ def train(options: Train) -> int:
     label = arch.name or Path(options.arch).stem
     small = {"digits": 16, "cifar10": 32}
     channels = 1 if options.data == "digits" else 3
+    listing = find(options.data, options.data_dir)
     arch = fit_input(arch, options.resolution or small.get(options.data, arch.resolution))
     if options.macs is not None:
-        fit = fit_budget(arch, macs=count(options.macs), workload=Workload(num_classes=10))
+        fit = fit_budget(arch, macs=count(options.macs), workload=Workload(num_classes=len(listing.classes)))
         print(fit)
         arch = fit.arch
     arch = replace(arch, name=label)
     preprocess = preprocess_for(arch.resolution, channels)
     with _bar() as bar:
         task = bar.add_task("reading images", total=None, unit="images")
-        splits = load(options.data, preprocess, data_dir=options.data_dir, progress=lambda done, total: bar.update(task, completed=done, total=total))
+        splits = load(listing, preprocess, lambda done, total: bar.update(task, completed=done, total=total))
     c = cost(arch, len(splits.classes), channels, batch=options.settings.batch_size)
     print(
         f"{label} at {arch.resolution} px: {short(c.macs)} MACs, {short(c.params)} parameters; training step {short(c.memory.training(1))}B of memory"

@@ -62,21 +62,34 @@ class _File(NamedTuple):
     name: str
 
 
-def load(data: str, preprocess: Preprocess, *, data_dir: str | None = None, progress: Progress | None = None) -> Splits:
-    """The data set `data`, every image through `preprocess`'s crop and resize.
+class Listing(NamedTuple):
+    """A data set's files, found but not read. held_out_is: where the held-out ones come from."""
 
-    Unreadable images are left out and listed; a class of which none can be read is an error. data_dir: where a named data
-    set lies. Raises DataError.
-    """
+    data: str
+    train: list[_File]
+    held_out: list[_File]
+    classes: tuple[str, ...]
+    held_out_is: str
+
+
+def find(data: str, data_dir: str | None = None) -> Listing:
+    """The files and classes of `data`: a folder or a name; data_dir: where a named data set lies. Raises DataError."""
     if data == "digits":
-        train, held_out, classes, held_out_is = _digits()
-    elif data == "cifar10":
-        train, held_out, classes, held_out_is = _cifar10(data_dir)
-    elif Path(data).is_dir():
-        train, held_out, classes, held_out_is = _folder(Path(data))
-    else:
-        hint = "" if os.sep in data or "." in data else f"; {unknown('data set', data, NAMED)}"
-        raise DataError(f"{data}: no such folder{hint}")
+        return _digits()
+    if data == "cifar10":
+        return _cifar10(data_dir)
+    if Path(data).is_dir():
+        return _folder(Path(data))
+    hint = "" if os.sep in data or "." in data else f"; {unknown('data set', data, NAMED)}"
+    raise DataError(f"{data}: no such folder{hint}")
+
+
+def load(listing: Listing, preprocess: Preprocess, progress: Progress | None = None) -> Splits:
+    """Every image of a data set through `preprocess`'s crop and resize.
+
+    Unreadable images are left out and listed; a class of which none can be read is an error. Raises DataError.
+    """
+    data, train, held_out, classes, held_out_is = listing
     total = len(train) + len(held_out)
     size = total * preprocess.channels * preprocess.size**2
     if size > MEMORY_LIMIT:
@@ -121,9 +134,6 @@ def _read(files: Sequence[_File], preprocess: Preprocess, tick: Callable[[], Non
     return ImageData(images[: len(kept)], labels, tuple(files[i].name for i in kept), tuple(left_out))
 
 
-Listing = tuple[list[_File], list[_File], tuple[str, ...], str]
-
-
 def _folder(root: Path) -> Listing:
     train_root = root / "train" if (root / "train").is_dir() else root
     classes = _class_folders(train_root)
@@ -138,9 +148,9 @@ def _folder(root: Path) -> Listing:
             continue
         for extra in set(_class_folders(other)) - set(classes):
             raise DataError(f"{other / extra}: no class of this name in {train_root}")
-        return files, _files(other, classes), tuple(classes), f"{root.name}/{name}"
+        return Listing(str(root), files, _files(other, classes), tuple(classes), f"{root.name}/{name}")
     train, held_out = _hold_out(files, len(classes))
-    return train, held_out, tuple(classes), f"{HELD_OUT:.0%} of each class, by a fixed draw"
+    return Listing(str(root), train, held_out, tuple(classes), f"{HELD_OUT:.0%} of each class, by a fixed draw")
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -181,7 +191,7 @@ def _digits() -> Listing:
     grey = np.round(scans.images * (255 / 16)).astype(np.uint8)  # 0..16
     files = [_File(np.repeat(g[:, :, None], 3, 2), int(t), f"digits/{i:04d}") for i, (g, t) in enumerate(zip(grey, scans.target, strict=True))]
     train, held_out = _hold_out(files, 10)
-    return train, held_out, tuple("0123456789"), f"{HELD_OUT:.0%} of each class, by a fixed draw"
+    return Listing("digits", train, held_out, tuple("0123456789"), f"{HELD_OUT:.0%} of each class, by a fixed draw")
 
 
 def _cifar10(data_dir: str | None) -> Listing:
@@ -195,13 +205,13 @@ def _cifar10(data_dir: str | None) -> Listing:
         except RuntimeError as error:  # the check sums of its files
             raise DataError(f"{root / 'cifar-10-batches-py'}: {str(error).splitlines()[0]}") from None
         train, held_out = ([_File(image, int(y), f"cifar10/{i}") for i, (image, y) in enumerate(zip(p.data, p.targets, strict=True))] for p in parts)
-        return train, held_out, tuple(parts[0].classes), "CIFAR-10's test set"
+        return Listing("cifar10", train, held_out, tuple(parts[0].classes), "CIFAR-10's test set")
     found = {split: sorted(p for base in (root, root / "cifar10") for p in base.glob(f"{split}-*.parquet")) for split in ("train", "test")}
     if not all(found.values()):
         raise DataError(f"cifar10: neither cifar-10-batches-py nor train-*.parquet and test-*.parquet in {root}; give its folder with --data-dir")
     names = next((p for p in (found["train"][0].parent / "classes.txt",) if p.is_file()), None)
     classes = tuple(names.read_text().split()) if names else tuple(map(str, range(10)))
-    return _parquet(found["train"]), _parquet(found["test"]), classes, "CIFAR-10's test set"
+    return Listing("cifar10", _parquet(found["train"]), _parquet(found["test"]), classes, "CIFAR-10's test set")
 
 
 def _parquet(paths: Iterable[Path]) -> list[_File]:
