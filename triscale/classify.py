@@ -16,7 +16,7 @@ import torch
 
 from triscale.architecture import Arch
 from triscale.data.datasets import Splits
-from triscale.data.loader import Batches
+from triscale.data.loader import Batches, evaluation_batches
 from triscale.evaluate import predict_logits, top_k_accuracy
 from triscale.files import write_text
 from triscale.model import ConvNet, build
@@ -64,7 +64,7 @@ def train_classifier(splits: Splits, arch: Arch, preprocess: Preprocess, recipe:
         if isinstance(event, EpochEnd):
             epoch = event.epoch + 1
             if epoch % evaluate_every == 0 or epoch == recipe.epochs:
-                logits = predict_logits(net, splits.held_out.images, preprocess)
+                logits = predict_logits(net, evaluation_batches(splits.held_out.images, preprocess))
                 top1 = top_k_accuracy(logits, splits.held_out.labels)
                 yield Evaluated(epoch, event.loss, top1, time.perf_counter() - start, net)
         else:

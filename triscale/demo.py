@@ -26,6 +26,7 @@ from triscale.architecture import Arch, Head, Numerics, Stage, Stem
 from triscale.classify import Evaluated, preprocess_for, train_classifier
 from triscale.cost_model import cost, table
 from triscale.data.datasets import find, load
+from triscale.data.loader import evaluation_batches
 from triscale.evaluate import predict_logits
 from triscale.files import write_text
 from triscale.recipe import Recipe
@@ -205,7 +206,7 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     """Held-out scans with what the model says: its least certain ones first, right or wrong, then evenly drawn others."""
     net, card = load_model(path)
     shown, scans = load(find("digits"), card.preprocess).held_out, load(find("digits"), preprocess_for(8, CHANNELS)).held_out
-    probabilities = predict_logits(net, shown.images, card.preprocess).softmax(1)
+    probabilities = predict_logits(net, evaluation_batches(shown.images, card.preprocess)).softmax(1)
     certainty = probabilities.max(1).values
     hardest = certainty.argsort()[: SAMPLES // 2].tolist()
     spread = [i for i in range(0, len(shown), max(1, len(shown) // SAMPLES)) if i not in hardest][: SAMPLES - len(hardest)]

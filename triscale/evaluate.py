@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from triscale.data.loader import normalise
-from triscale.recipe import Preprocess
 
-
-def predict_logits(net: nn.Module, images: Tensor, preprocess: Preprocess, batch_size: int = 256) -> Tensor:
-    """Logits (N, classes) float32 of images (N, C, S, S) uint8 that are already cropped and resized."""
+def predict_logits(net: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """Logits (N, classes) float32 on the CPU, in order, of batches (B, C, S, S) that are ready for the network."""
     device = next(net.parameters()).device
     was_training = net.training
     net.eval()
     with torch.no_grad():
-        parts = [net(normalise(part.to(device), preprocess)).float().cpu() for part in torch.split(images, batch_size)]
+        parts = [net(batch.to(device)).float().cpu() for batch in batches]
     net.train(was_training)
     return torch.cat(parts)
 

@@ -20,6 +20,12 @@ def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
 
+def evaluation_batches(images: Tensor, preprocess: Preprocess, size: int = 256) -> Iterator[Tensor]:
+    """All images (N, C, S, S) uint8 once and in order, normalised, in batches of `size` and a last smaller one."""
+    for start in range(0, len(images), size):
+        yield normalise(images[start : start + size], preprocess)
+
+
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """A random flip, shift and erased square for each image of a batch (N, C, S, S), any dtype; a new tensor.
 
