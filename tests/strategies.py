@@ -44,7 +44,7 @@ def archs(most_stages=4, resolutions=(8, 40), most_channels=24):
         kernel=st.sampled_from((1, 3, 5, 7)),
         stride=st.integers(1, 2),
         pool=st.booleans(),
-        fixed_width=st.booleans(),
+        scale=st.sampled_from(("width", "fixed", "at_most")),
     )
     head = st.builds(Head, channels=st.sampled_from((0, 1, 7, 16, 40)), scale=st.sampled_from(("width", "fixed", "at_least")))
     return st.builds(

@@ -121,7 +121,7 @@ def test_a_small_phi_ends_at_the_floors(arch):
     least = ts.scale(arch, ts.compound(-100))
     assert layers(least) == [old.layers if old.fixed_depth else 1 for old in arch.stages]
     assert {s.channels for s in least.stages} == {8}
-    assert least.stem.channels == (arch.stem.channels if arch.stem.fixed_width else 8)
+    assert least.stem.channels == (arch.stem.channels if arch.stem.scale == "fixed" else 8)
     assert least.head.channels == (min(8, arch.head.channels) if arch.head.scale == "width" else arch.head.channels)
     assert least.resolution == 32
     assert ts.scale(least, ts.compound(-100)) == least
@@ -233,7 +233,7 @@ def test_fit_input_keeps_the_rest():
     assert channels(fitted) == channels(B0)
     assert layers(fitted) == layers(B0)
     assert fitted.numerics == B0.numerics
-    assert ts.fit_input(ts.arch("resnet50"), 32).stem == ts.Stem(64, 3, 1, pool=False, fixed_width=True)
+    assert ts.fit_input(ts.arch("resnet50"), 32).stem == ts.Stem(64, 3, 1, pool=False, scale="at_most")
     assert ts.fit_input(B0, 224) == B0
 
 
@@ -249,3 +249,8 @@ def test_fit_input_reaches_the_map_or_takes_out_every_stride(arch, resolution, s
 def test_fit_input_refuses_sizes_below_one(wrong):
     with pytest.raises(ScalingError):
         ts.fit_input(B0, *wrong)
+
+
+def test_a_stem_at_most_its_own_width_narrows_and_never_widens():
+    assert ts.scale(ts.arch("resnet50"), width=2).stem.channels == 64
+    assert ts.scale(ts.arch("resnet50"), width=0.5).stem.channels == 32

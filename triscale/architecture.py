@@ -24,6 +24,7 @@ Skip = Literal["identity", "pool", "none"]
 Padding = Literal["same", "symmetric"]
 Activation = Literal["silu", "relu", "relu6"]
 HeadScale = Literal["width", "fixed", "at_least"]
+StemScale = Literal["width", "fixed", "at_most"]
 DropPathRule = Literal["i/n", "i/(n-1)"]
 RunningVariance = Literal["biased", "unbiased"]
 Shortcut = Literal["none", "identity", "projection", "pool"]
@@ -76,21 +77,22 @@ def _odd_kernel(owner: Stem | Stage) -> None:
 class Stem:
     """The first convolution: `kernel` x `kernel`, then norm and activation, then (`pool`) a 3x3 stride-2 max pool.
 
-    fixed_width: `scale` leaves the channels alone (EfficientNet-Lite).
+    scale: how `scale` treats the channels: with the width; `fixed` (EfficientNet-Lite); `at_most` with the width but never
+    above this value (ResNet: the counts of wide ResNets keep 64).
     """
 
     channels: int = 32
     kernel: int = 3
     stride: int = 2
     pool: bool = False
-    fixed_width: bool = False
+    scale: StemScale = "width"
 
     def __post_init__(self) -> None:
         _whole(self, "channels", 1, MAX_CHANNELS)
         _odd_kernel(self)
         _whole(self, "stride", 1, 2)
         _flag(self, "pool")
-        _flag(self, "fixed_width")
+        _one_of(self, "scale", StemScale)
 
 
 @dataclass(frozen=True)

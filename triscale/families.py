@@ -33,8 +33,8 @@ def _fused(stride: int, expand: float, channels: int, layers: int) -> Stage:
 def _res(block: Any, channels: tuple[int, ...], layers: tuple[int, ...]) -> Arch:
     expand = 0.25 if block == "bottleneck" else 1.0
     stages = [Stage(block, 3, min(i, 1) + 1, expand, 0.0, "identity", c, n) for i, (c, n) in enumerate(zip(channels, layers, strict=True))]
-    # The stem stays at 64 under width scaling, as in the count that the project reproduces: 15.870 B MACs for w=2.
-    return Arch(Stem(64, 7, 2, pool=True, fixed_width=True), tuple(stages), Head(0), 224, 0.0, TORCH)
+    # Widened, the stem stays at 64, as in the count that the project reproduces: 15.870 B MACs for ResNet-50 at w=2.
+    return Arch(Stem(64, 7, 2, pool=True, scale="at_most"), tuple(stages), Head(0), 224, 0.0, TORCH)
 
 
 _EFFICIENTNET = Arch(
@@ -55,7 +55,7 @@ _EFFICIENTNET = Arch(
 )
 
 _LITE = Arch(
-    Stem(32, fixed_width=True),
+    Stem(32, scale="fixed"),
     tuple(replace(s, squeeze=0.0, fixed_depth=i in (0, 6)) for i, s in enumerate(_EFFICIENTNET.stages)),
     Head(1280, "fixed"),
     224,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from triscale.architecture import Arch, Numerics, Stage
+from triscale.architecture import MAX_CHANNELS, Arch, Numerics, Stage
 
 ALPHA, BETA, GAMMA = 1.2, 1.1, 1.15  # depth, width, resolution: the paper's grid search on B0, section 4
 MIN_RESOLUTION = 32  # the smallest input that a stride-32 network maps to one position
@@ -107,8 +107,9 @@ def scale(arch: Arch, scaling: Scaling | None = None, *, depth: float = 1, width
         return replace(old, channels=widen(old.channels), layers=layers)
 
     stem, head = arch.stem, arch.head
-    if not stem.fixed_width:
-        stem = replace(stem, channels=widen(stem.channels))
+    if stem.scale != "fixed":
+        most = stem.channels if stem.scale == "at_most" else MAX_CHANNELS
+        stem = replace(stem, channels=min(most, widen(stem.channels)))
     if head.channels and head.scale != "fixed":
         least = head.channels if head.scale == "at_least" else 0
         head = replace(head, channels=max(least, widen(head.channels)))
