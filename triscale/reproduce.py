@@ -231,12 +231,12 @@ def _resnet_deep() -> str:
 def _resnet_wide() -> str:
     base = arch("resnet50")
     ours = scale(base, width=2)
-    wide = replace(base.stem, channels=128)
+    doubled = replace(ours, stem=replace(base.stem, channels=128))
     inner = replace(base, stages=tuple(replace(s, expand=2 * s.expand) for s in base.stages))
     return (
-        f"the stem stays at 64 channels; doubled too it is {_billions(replace(ours, stem=wide)):.3f}; with the inner channels alone doubled "
-        f"{_billions(inner):.3f}. Without the 1x1 projections {_billions(_no_projection(ours)):.3f}, which prints as 14.7, but then the base is "
-        f"{_billions(_no_projection(base)):.2f} and not 4.1. {NO_RULE}"
+        f"the stem stays at 64 channels; doubled too it is {_billions(doubled):.3f}; with the inner channels alone doubled {_billions(inner):.3f}. "
+        f"With the stem doubled and without the 1x1 projections {_billions(_no_projection(doubled)):.3f}, which prints as 14.7, but then the "
+        f"base is {_billions(_no_projection(base)):.2f} and not 4.1. {NO_RULE}"
     )
 
 
