@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import meta_build
 from strategies import archs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,11 +34,6 @@ COUNTED_SCALED = [
 PAPER_TABLE_2 = dict(zip((f"efficientnet_b{i}" for i in range(8)), (0.39, 0.70, 1.0, 1.8, 4.2, 9.9, 19, 37), strict=True))
 
 
-def built(arch, num_classes=1000, in_channels=3, device="meta"):
-    with torch.device(device):
-        return ts.build(arch, num_classes, in_channels).eval()
-
-
 class Outputs(TorchDispatchMode):
     """Elements that convolutions and linear layers put out."""
 
@@ -62,7 +58,7 @@ def counted(net, arch, size=None):
 def test_macs_and_activations_are_what_torch_counts(name):
     arch = ts.arch(name)
     c = ts.cost(arch)
-    assert (c.macs, c.activations) == counted(built(arch), arch)
+    assert (c.macs, c.activations) == counted(meta_build(arch), arch)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -70,7 +66,7 @@ def test_macs_and_activations_are_what_torch_counts(name):
     archs(most_stages=3), st.sampled_from((0, 1, 10, 1000)), st.sampled_from((1, 3, 5)), st.none() | st.tuples(st.integers(1, 40), st.integers(1, 40))
 )
 def test_macs_parameters_and_activations_of_random_networks(arch, classes, channels, size):
-    net = built(arch, classes, channels, "cpu")
+    net = ts.build(arch, classes, channels).eval()
     c = ts.cost(arch, classes, channels, resolution=size)
     assert (c.macs, c.activations) == counted(net, arch, size)
     assert c.params == sum(p.numel() for p in net.parameters())
@@ -81,7 +77,7 @@ def test_macs_parameters_and_activations_of_random_networks(arch, classes, chann
 @pytest.mark.parametrize(("classes", "channels", "size"), [(0, 3, (224, 224)), (10, 1, (160, 224)), (1000, 3, (75, 333)), (2, 5, (32, 32))])
 def test_other_heads_inputs_and_shapes_of_b0(classes, channels, size):
     arch = ts.arch("efficientnet_b0")
-    net = built(arch, classes, channels)
+    net = meta_build(arch, classes, channels)
     c = ts.cost(arch, classes, channels, resolution=size)
     assert (c.macs, c.activations) == counted(net, arch, size)
     assert c.params == sum(p.numel() for p in net.parameters())
@@ -121,7 +117,7 @@ def test_macs_are_those_of_the_papers_table_2(name):
 def test_stage_rows_equal_the_modules():
     """Parameters of each row are those of the stage's own module, so a printed table can be trusted row by row."""
     arch = ts.arch("efficientnetv2_s")
-    net = built(arch)
+    net = meta_build(arch)
     rows = ts.cost(arch).per_stage
     parts = [[net.stem], *net.body, [net.head, net.classifier]]
     assert [row.params for row in rows] == [sum(p.numel() for m in part for p in m.parameters()) for part in parts]

@@ -1,12 +1,12 @@
 """The named networks against the official code's own tables, and its numerics in training."""
 
 import json
-from functools import cache
 
 import numpy as np
 import pytest
 import timm
 import torch
+from networks import meta_build
 
 import triscale as ts
 from triscale.blocks import BatchNorm, DropPath
@@ -33,12 +33,6 @@ RESOLUTIONS = {f"efficientnet_b{i}": r for i, r in enumerate((224, 240, 260, 300
 }
 LITE_DROPOUT = {f"efficientnet_lite{i}": d for i, d in enumerate((0.2, 0.2, 0.3, 0.3, 0.3))}
 GOLDEN = [f"efficientnet_b{i}" for i in range(9)] + ["efficientnet_l2"]
-
-
-@cache
-def meta_build(arch, num_classes=1000):
-    with torch.device("meta"):
-        return ts.build(arch, num_classes)
 
 
 def count(module, *kinds):

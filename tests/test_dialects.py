@@ -1,0 +1,112 @@
+"""Name maps: every tensor of every network has one name in timm's code, and translation is strict."""
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from networks import meta_build
+
+import triscale as ts
+from triscale.weights.dialects import TIMM, TRISCALE, names, timm_names, translate
+
+PAIRS = {
+    "tf_efficientnet_b1": "efficientnet_b1",
+    "tf_efficientnet_b8": "efficientnet_b8",
+    "tf_efficientnetv2_b3": "efficientnetv2_b3",
+    "tf_efficientnetv2_s": "efficientnetv2_s",
+    "tf_efficientnetv2_m": "efficientnetv2_m",
+    "tf_efficientnet_lite4": "efficientnet_lite4",
+    "mobilenetv1_100": "mobilenet_v1",
+    "mobilenetv2_100": "mobilenet_v2",
+    "semnasnet_100": "mnasnet_a1",
+    "resnet18": "resnet18",
+    "resnet34": "resnet34",
+    "resnet152": "resnet152",
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_tensor_of_timms_networks_is_found(name):
+    """Names and shapes of timm's own modules, so the tables are held to its code and not to a copy of them."""
+    arch = ts.arch(PAIRS[name])
+    with torch.device("meta"):
+        state = timm.create_model(name).state_dict()
+    ours = translate(state, arch)
+    expected = meta_build(arch).state_dict()
+    assert {key: t.shape for key, t in ours.items()} == {key: t.shape for key, t in expected.items()}
+    theirs = timm_names(arch)
+    back = {theirs[key]: t for key, t in ours.items()}
+    assert back.keys() == {key for key in state if not key.endswith("num_batches_tracked")}
+    assert all(back[key] is state[key] for key in back)
+
+
+@pytest.mark.parametrize("kind", ["missing", "left over", "another shape", "twice"])
+def test_translate_is_strict(kind):
+    arch = ts.arch("mobilenet_v2")
+    state = {name: torch.zeros(()).expand(shape) for name, shape in zip(timm_names(arch).values(), shapes_of(arch), strict=True)}
+    assert len(translate(state, arch)) == len(state)
+    if kind == "missing":
+        for name in [n for n in state if ".bn1." in n][:12]:
+            del state[name]
+        expected = r"12 missing: blocks\.0\.0\.bn1\.weight, .*, \.\.\. and 2 more"
+    elif kind == "left over":
+        state |= {"aux.weight": torch.zeros(3), "blocks.9.0.bn1.weight": torch.zeros(3)}
+        expected = r"2 left over: aux\.weight, blocks\.9\.0\.bn1\.weight$"
+    elif kind == "another shape":
+        state["classifier.weight"] = torch.zeros(10, 1280)
+        expected = r"1 of another shape: classifier\.weight \(10, 1280\) instead of \(1000, 1280\)"
+    else:  # both names of one layer: the one that isn't this dialect's is left over
+        state["stem.conv.bias"] = state["conv_stem.weight"]
+        expected = r"1 left over: stem\.conv\.bias"
+    with pytest.raises(ValueError, match=expected):
+        translate(state, arch)
+
+
+def shapes_of(arch):
+    return [t.shape for t in meta_build(arch).state_dict().values()]
+
+
+def test_translate_drops_batch_counters_and_reads_our_own_names():
+    arch = ts.arch("resnet18")
+    state = timm.create_model("resnet18").state_dict()
+    assert "bn1.num_batches_tracked" in state
+    ours = translate(state, arch)
+    assert "stem.conv.weight" in ours
+    again = translate(ours, arch)
+    assert all(again[key] is ours[key] for key in ours)
+    assert len(set(timm_names(arch).values())) == len(ours)
+    with pytest.raises(ValueError, match="no known dialect"):
+        translate({"backbone.conv.weight": torch.zeros(1)}, arch)
+
+
+def test_a_part_without_a_name_is_refused():
+    squeezed_conv = replace(ts.arch("resnet18"), stages=(ts.Stage("conv", 3, 1, 1, 0.25, "none", 64, 1),))
+    with pytest.raises(ValueError, match="timm names have none for 'se' in a block 'conv'"):
+        timm_names(squeezed_conv)
+
+
+def test_templates_count_from_one_where_they_say_so():
+    """What other code bases need: a running block index, stages from 1, another separator and other leaf names."""
+    flat = replace(
+        TIMM, name="flat", block="b{index1}_s{stage1}_{layer1}.", leaves={"norm.running_var": "/moving_variance", "depthwise.weight": "/dw"}
+    )
+    got = names(ts.arch("efficientnet_b0"), flat)
+    assert got["body.1.1.expand.norm.running_var"] == "b3_s2_2.bn1/moving_variance"
+    assert got["body.1.1.depthwise.conv.weight"] == "b3_s2_2.conv_dw/dw"
+    assert got["body.1.1.expand.conv.weight"] == "b3_s2_2.conv_pw.weight"
+    assert got["body.1.1.se.expand.bias"] == "b3_s2_2.se.conv_expand.bias"
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnetv2_b0", "mobilenet_v1", "resnet18", "resnet50"])
+def test_our_own_names_map_to_themselves(name):
+    assert all(key == value for key, value in names(ts.arch(name), TRISCALE).items())
+
+
+def test_other_classes_and_input_channels():
+    arch = ts.arch("mobilenet_v2")
+    theirs = timm_names(arch)
+    state = {theirs[key]: t for key, t in meta_build(arch, 7, 1).state_dict().items()}
+    assert translate(state, arch, 7, 1)["classifier.weight"].shape == (7, 1280)
+    with pytest.raises(ValueError, match=r"3 of another shape: conv_stem\.weight \(32, 1, 3, 3\) instead of \(32, 3, 3, 3\)"):
+        translate(state, arch)
