@@ -51,6 +51,7 @@ def test_equality_is_by_value_and_leaves_the_name_out():
     six, sixth = (Stage("mbconv", 3, 1, expand, 0.25, "identity", 24, 2) for expand in (6, 6.0))
     assert six == sixth
     assert hash(six) == hash(sixth)
+    assert type(six.expand) is float  # so that both are written alike
 
 
 def test_topology_leaves_the_numeric_dialect_out():

@@ -47,10 +47,34 @@ def test_efficientnet_within_2_percent(name, batch, training):
 
 
 @pytest.mark.parametrize("training", [INFERENCE, TRAINING], ids=["inference", "training"])
-@pytest.mark.parametrize("name", ["efficientnetv2_b0", "efficientnet_lite0", "mobilenet_v1", "mobilenet_v2", "mnasnet_a1", "resnet18", "resnet50"])
-def test_other_families_within_15_percent(name, training):
+@pytest.mark.parametrize("name", ["efficientnetv2_b0", "mobilenet_v2", "resnet50"])
+def test_other_families_within_2_percent(name, training):
     arch = ts.arch(name)
-    assert predicted_peak(arch, 4, training) == pytest.approx(measured_peak(arch, 4, training), rel=0.15)
+    assert predicted_peak(arch, 4, training) == pytest.approx(measured_peak(arch, 4, training), rel=0.02)
+
+
+KINDS = {
+    "conv": ts.Stage("conv", 3, 1, 1, 0, "identity", 32, 2),
+    "conv with squeeze-excitation": ts.Stage("conv", 3, 2, 1, 0.25, "identity", 32, 2),
+    "separable": ts.Stage("separable", 3, 2, 1, 0, "identity", 32, 2),
+    "mbconv of expand 1": ts.Stage("mbconv", 3, 1, 1, 0.25, "identity", 32, 2),
+    "mbconv": ts.Stage("mbconv", 5, 2, 6, 0.25, "identity", 32, 3),
+    "mbconv with pool skip": ts.Stage("mbconv", 3, 2, 3, 0, "pool", 48, 2),
+    "fused_mbconv": ts.Stage("fused_mbconv", 3, 2, 4, 0.25, "identity", 32, 2),
+    "basic": ts.Stage("basic", 3, 2, 1, 0, "identity", 48, 2),
+    "bottleneck": ts.Stage("bottleneck", 3, 2, 0.25, 0, "identity", 64, 2),
+}
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_block_within_half_a_percent(kind, activation):
+    """One stage alone, so that no larger neighbour hides its peak. Measured: within 0.2 %."""
+    pool = kind in ("basic", "bottleneck")
+    for padding in ("same", "symmetric"):
+        arch = ts.Arch(ts.Stem(32, pool=pool), (KINDS[kind],), ts.Head(64), 64, numerics=ts.Numerics(padding=padding, activation=activation))
+        for training in (INFERENCE, TRAINING):
+            assert predicted_peak(arch, 4, training, 10) == pytest.approx(measured_peak(arch, 4, training, classes=10), rel=0.005)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -66,7 +66,7 @@ def make(name, size):
     """timm's network with random weights and statistics, and ours with the same ones, in float32 evaluation."""
     torch.manual_seed(1)
     theirs = timm.create_model(name)
-    randomise(theirs, images(4, (size, size), seed=0))
+    randomise(theirs, images(3, (size, size), seed=0))
     ours = ts.build(ARCHS[name])
     ours.load_state_dict(translate(theirs.state_dict(), ARCHS[name]))
     return theirs, ours.eval()
@@ -74,7 +74,7 @@ def make(name, size):
 
 @pytest.fixture(scope="module", params=ARCHS)
 def nets(request):
-    return make(request.param, ARCHS[request.param].resolution * 3 // 4)
+    return make(request.param, 160)
 
 
 def error(got, expected):
@@ -98,7 +98,7 @@ def test_logits(nets):
                 expected, folded = theirs(x), ours(x)
             assert_alive(expected)
             assert error(folded, expected) <= TOLERANCE[dtype], (dtype, size)
-            if size in SMALL:
+            if size == SMALL[0]:
                 plain = ours(x)
                 assert plain.requires_grad
                 assert error(plain.detach(), expected) <= TOLERANCE[dtype], (dtype, size)
