@@ -76,7 +76,7 @@ def round_channels(channels: int, width: float, numerics: Numerics | None = None
 
 
 def round_layers(layers: int, depth: float) -> int:
-    """ceil(depth x layers), at least 1. The product is taken to 9 digits, so that 1.1 x 10 is 11 and not 12."""
+    """ceil(depth x layers), at least 1. The product is taken to 9 digits, so that 2.2 x 25 is 55 and not 56."""
     return max(1, math.ceil(round(depth * layers, 9)))
 
 
