@@ -28,6 +28,7 @@ LAYERS = (
         "paper",
         "quantities",
         "recipe",
+        "replay",
         "scaling",
         "text",
         "version",

@@ -279,6 +279,17 @@ class Arch:
                 yield Block(stage, stage_index, layer, index, channels, stage.stride if layer == 0 else 1, rate)
                 channels, index = stage.channels, index + 1
 
+    def distinct_blocks(self) -> list[tuple[Block, int]]:
+        """Each stage's first block and, where it has more layers, one of the rest with their number: all that costs differ by."""
+        out = []
+        channels, index, rate = self.stem.channels, 0, self.numerics.drop_path
+        for i, stage in enumerate(self.stages):
+            out.append((Block(stage, i, 0, index, channels, stage.stride, rate if index else 0.0), 1))
+            if stage.layers > 1:
+                out.append((Block(stage, i, 1, index + 1, stage.channels, 1, rate), stage.layers - 1))
+            channels, index = stage.channels, index + stage.layers
+        return out
+
     def to_json(self) -> str:
         """One JSON object with `"format": 1`; `from_json` gives back an equal Arch."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)

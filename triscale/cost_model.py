@@ -107,19 +107,6 @@ class _Count:
             self.linear(squeezed, channels)
 
 
-def stage_blocks(arch: Arch) -> list[tuple[Block, int]]:
-    """Each stage's first block and, where it has more layers, one of the rest with their number: all that costs differ by."""
-    out = []
-    channels, index = arch.stem.channels, 0
-    for i, stage in enumerate(arch.stages):
-        rate = arch.numerics.drop_path
-        out.append((Block(stage, i, 0, index, channels, stage.stride, rate if index else 0.0), 1))
-        if stage.layers > 1:
-            out.append((Block(stage, i, 1, index + 1, stage.channels, 1, rate), stage.layers - 1))
-        channels, index = stage.channels, index + stage.layers
-    return out
-
-
 def cost(
     arch: Arch,
     num_classes: int = 1000,
@@ -144,7 +131,7 @@ def cost(
 def _cost(arch: Arch, num_classes: int, in_channels: int, batch: int, size: tuple[int, int], bytes_per_value: int) -> Cost:
     rows = [_stem_row(arch, in_channels, size)]
     size = _after_stem(arch, size)
-    blocks = stage_blocks(arch)
+    blocks = arch.distinct_blocks()
     for i, stage in enumerate(arch.stages):
         row, size = _stage_row(stage, [b for b in blocks if b[0].stage_index == i], size)
         rows.append(row)
