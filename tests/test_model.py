@@ -15,6 +15,7 @@ from strategies import archs
 
 import triscale as ts
 from triscale.blocks import BatchNorm, Conv2d, DropPath, PoolShortcut, same_padding
+from triscale.model import StemPool
 
 B0 = ts.arch("efficientnet_b0")
 # Every kind of block in a network that runs in milliseconds.
@@ -285,6 +286,20 @@ def test_gradients_are_the_slope_of_the_loss(padding, activation):
         h = 1e-8  # 1e-6 crosses enough kinks of the ReLUs to show
         assert slope == pytest.approx(((loss(h) - loss(-h)) / (2 * h)).item(), rel=1e-4)
     assert abs(slope) > 1e-3
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.parametrize("size", [(6, 7), (7, 6)], ids=str)
+def test_stem_pool_takes_the_largest_real_value(padding, size):
+    """Negative values too: what is padded never wins. SAME puts the odd row or column last, symmetric padding one on each side."""
+    x = -images(1, 1, *size).abs() - 1
+    got = StemPool(padding)(x)[0, 0]
+    for i in range(got.shape[0]):
+        for j in range(got.shape[1]):
+            first = [2 * k - (1 if padding == "symmetric" or n % 2 else 0) for k, n in zip((i, j), size, strict=True)]
+            window = x[0, 0, max(first[0], 0) : first[0] + 3, max(first[1], 0) : first[1] + 3]
+            assert got[i, j] == window.max()
+    assert got.shape == ((size[0] + 1) // 2, (size[1] + 1) // 2)
 
 
 def test_pool_shortcut_by_hand():
