@@ -7,14 +7,17 @@ import importlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
 
 from benchmarks.forward_b0 import ratios
+from triscale.report import DEMO_HEADER, demo_plot, demo_rows, verdict
 
 HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
+RESULTS, PAGE, README = HERE / "results", HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md"
+DEMO = HERE.parent / "studies" / "demo" / "results.json"
 CORES = {"startup": 1, "forward_b0": 1, "training_step": 2}
 
 
@@ -33,6 +36,8 @@ def main(names):
     RESULTS.mkdir(exist_ok=True)
     available = sorted(os.sched_getaffinity(0))
     for name in names or CORES:
+        if name == "pages":
+            continue
         os.sched_setaffinity(0, available[: CORES[name]])
         about = machine(CORES[name])
         print(f"{name} ...", flush=True)
@@ -41,7 +46,37 @@ def main(names):
         (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n")
         os.sched_setaffinity(0, available)
     PAGE.write_text(page())
+    README.write_text(readme(README.read_text()))
+    demo_plot(json.loads(DEMO.read_text())["networks"], PAGE.parent / "demo.png")
     print(PAGE.read_text())
+
+
+def readme(text):
+    """The README with its measured blocks filled in from the results."""
+    demo = json.loads(DEMO.read_text())
+    m = demo["machine"]
+    rows = [[f"**{cell}**" if row[0] == demo["best"] else cell for cell in row] for row in demo_rows(demo["networks"])]
+    where = f"{m['workers']} processes on {m['processor']}, torch {m['torch']}: {demo['seconds']:.0f} s"
+    blocks = {"demo": f"{table(DEMO_HEADER, rows)}\n\n{verdict(demo['networks'], demo['budget'])} ({where}.)", "measured": measured()}
+    for name, block in blocks.items():
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, n=name, b=block: f"<!-- {n} -->\n{b}\n<!-- /{n} -->", text, flags=re.DOTALL)
+    return text
+
+
+def measured():
+    rows = []
+    for name, what in (("forward_b0", "B0 forward, batch 1, one thread"), ("training_step", "B0 training step, batch 32 at 64 px, two threads")):
+        body = json.loads((RESULTS / f"{name}.json").read_text())
+        best = {}
+        for r in body["rows"]:
+            key = (r["padding"], r["library"])
+            best[key] = min(best.get(key, float("inf")), r["median_ms"])
+        for r in ratios(body["rows"]):
+            ours, theirs = best[r["padding"], "triscale"], best[r["padding"], r["against"]]
+            rows.append([what, f"{r['padding']} padding", r["against"], f"{ours:.1f} ms", f"{theirs:.1f} ms", f"{r['ratio']:.2f}"])
+    head = table(["eager, float32", "", "against", "triscale", "peer", "ratio"], rows)
+    how = "Medians, each library in its better memory format, in turn in one run, on as many pinned cores as threads."
+    return f"{head}\n\n{how} {about(body, cores=False)}"
 
 
 def table(header, rows):
@@ -49,10 +84,11 @@ def table(header, rows):
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def about(body):
+def about(body, cores=True):
     m = body["machine"]
+    pinned = f", {m['cores']} core{'s' * (m['cores'] > 1)} pinned" if cores else ""
     versions = f"Python {m['python']}, torch {m['torch']}, timm {m['timm']}, torchvision {m['torchvision']}"
-    return f"{m['processor']}, {m['cores']} core{'s' * (m['cores'] > 1)} pinned; {versions}; {m['date']}."
+    return f"{m['processor']}{pinned}; {versions}; {m['date']}."
 
 
 def page():

@@ -55,7 +55,7 @@ BASE = Arch(
     name="base",
 )
 
-RECIPE = Recipe(epochs=15, batch_size=64, lr=0.1, warmup_epochs=1.0, label_smoothing=0.05, flip=False, shift=0.1, ema=0.99)
+RECIPE = Recipe(epochs=19, batch_size=64, lr=0.1, warmup_epochs=1.0, label_smoothing=0.05, flip=False, shift=0.1, ema=0.99)
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def demo_plot(networks: Sequence[dict[str, Any]], path: Path | None = None) -> s
     for i, (n, y, at) in enumerate(zip(others, ends, labels, strict=True)):
         marker, line, colour = STYLE[n["name"]]
         # The ways cost nearly the same: drawn a little apart, so that no bar hides another.
-        x, spread = n["macs"] / 1e6 + (i - 1.5) * 0.012 * right, 100 * (statistics.stdev(n["top1"]) if len(n["top1"]) > 1 else 0)
+        x, spread = n["macs"] / 1e6 + (i - 1.5) * 0.02 * right, 100 * (statistics.stdev(n["top1"]) if len(n["top1"]) > 1 else 0)
         axes.plot([x0, x], [y0, y], line, color=colour, linewidth=2.6 if n["name"] == "compound" else 1.4)
         axes.errorbar(x, y, spread, fmt=marker, color=colour, markersize=7, capsize=4, linewidth=1)
         text = f"{n['name']}  {y:.2f} %"

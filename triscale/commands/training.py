@@ -65,7 +65,9 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 3, workers: int | None = No
                 finished += 1
                 way, seed, top1 = progress.finished
                 bar.update(task, description=f"training {finished} of {runs}")
-                bar.console.print(f"  {way} scaling, seed {seed}: {100 * top1:.2f} % of held-out scans right", highlight=False)
+                bar.console.print(
+                    f"  {way}{' network' if way == 'base' else ' scaling'}, seed {seed}: {100 * top1:.2f} % of held-out scans right", highlight=False
+                )
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     print(aligned(DEMO_HEADER, demo_rows(results["networks"])))
     print(f"\n{verdict(results['networks'], results['budget'])}")
