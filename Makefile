@@ -10,7 +10,8 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "triscale needs Python 3.11 or newer, found " + sys.version.split()[0])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch is large: this takes minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]' || \
+	  { echo "the installation did not finish; 'make $(MAKECMDGOALS)' goes on with it" >&2; exit 2; }
 	@touch $@
 
 demo: $(VENV)/.installed

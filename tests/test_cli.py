@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import triscale as ts
@@ -101,6 +102,14 @@ def test_wrong_names_and_impossible_budgets_are_one_line(tmp_path, here):
     assert refused(here(tmp_path, "bench", "resnet51"), "resnet50")
     assert refused(here(tmp_path, "train", "digits", "--recipe", "quik"), "quick")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_installation_that_was_stopped_is_one_line(tmp_path):
+    """A virtual environment that has the package's own files but none of what it needs."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "bare"], cwd=tmp_path, check=True)
+    command = [tmp_path / "bare" / "bin" / "python", "-m", "triscale", "show", "efficientnet_b0"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+    assert refused(result, "installation is incomplete", "tyro")
 
 
 def test_a_scaled_network_is_saved_and_read_again(tmp_path, here):

@@ -69,7 +69,10 @@ def _run(command: str, args: list[str]) -> int:
     except BrokenPipeError:  # the reader, e.g. head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except (ValueError, OSError, FloatingPointError) as error:
+    except ImportError as error:
+        print(f"triscale {command}: the installation is incomplete ({error}); run its pip install, or make demo, once more", file=sys.stderr)
+        return NOTHING
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"triscale {command}: {message}", file=sys.stderr)
         return NOTHING

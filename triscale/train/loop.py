@@ -25,7 +25,7 @@ class BatchSource(Protocol):
     def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FloatingPointError):
     """The loss is infinite or not a number."""
 
 
