@@ -33,6 +33,7 @@ _HOME = {
     "Recipe": "recipe",
     "ConvNet": "model",
     "build": "model",
+    "load_weights": "weights.load",
     "time_callable": "latency",
 }
 
@@ -58,6 +59,7 @@ __all__ = [
     "cost",
     "fit_budget",
     "fit_input",
+    "load_weights",
     "names",
     "scale",
     "time_callable",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from triscale.model import ConvNet, build
     from triscale.recipe import Preprocess, Recipe
     from triscale.scaling import Coefficients, Scaling, compound, fit_input, scale
+    from triscale.weights.load import load_weights
 
 
 def __getattr__(name: str) -> Any:

@@ -112,7 +112,37 @@ RESNET = Dialect(
     {"basic": _RES_PARTS, "bottleneck": _RES_PARTS},
 )
 
-DIALECTS = (TRISCALE, TIMM, RESNET)
+_TF_SE, _TF_NORM = ("se/conv2d", "se/conv2d_1"), "tpu_batch_normalization"
+
+# The official TensorFlow code's, without the network's own prefix; tf.layers numbers the layers of a scope as they are made.
+OFFICIAL = Dialect(
+    "official TensorFlow",
+    {"stem": ("stem/conv2d", f"stem/{_TF_NORM}"), "head": ("head/conv2d", f"head/{_TF_NORM}"), "classifier": ("head/dense", "")},
+    "blocks_{index}/",
+    {
+        "mbconv1": {"depthwise": ("depthwise_conv2d", _TF_NORM), "se": _TF_SE, "project": ("conv2d", f"{_TF_NORM}_1")},
+        "mbconv": {
+            "expand": ("conv2d", _TF_NORM),
+            "depthwise": ("depthwise_conv2d", f"{_TF_NORM}_1"),
+            "se": _TF_SE,
+            "project": ("conv2d_1", f"{_TF_NORM}_2"),
+        },
+    },
+    {
+        "conv.weight": "/kernel",
+        "depthwise.weight": "/depthwise_kernel",
+        "squeeze.weight": "/kernel",
+        "squeeze.bias": "/bias",
+        "classifier.weight": "/kernel",
+        "classifier.bias": "/bias",
+        "norm.weight": "/gamma",
+        "norm.bias": "/beta",
+        "norm.running_mean": "/moving_mean",
+        "norm.running_var": "/moving_variance",
+    },
+)
+
+DIALECTS = (TRISCALE, TIMM, RESNET, OFFICIAL)
 
 
 def shapes(arch: Arch, num_classes: int = 1000, in_channels: int = 3) -> dict[str, tuple[int, ...]]:
