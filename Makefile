@@ -8,7 +8,8 @@ BIN    := $(VENV)/bin
 # Installed means the stamp is newer than what it was made from; a stopped install leaves no stamp and is repeated.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "triscale needs Python 3.11 or newer, found " + sys.version.split()[0])'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "no virtual environment: python3 lacks venv (on Debian, the package python3-venv)" >&2; exit 2; }
 	@echo "installing into $(VENV) (torch is large: this takes minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]' || \
 	  { echo "the installation did not finish; 'make $(MAKECMDGOALS)' goes on with it" >&2; exit 2; }

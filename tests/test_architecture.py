@@ -24,7 +24,7 @@ def changed(part, **fields):
     return json.dumps(data)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(archs())
 def test_json_round_trip(arch):
     again = Arch.from_json(arch.to_json())

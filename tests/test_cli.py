@@ -294,3 +294,91 @@ def test_stopped_demo_leaves_nothing(tmp_path):
     assert process.returncode == 3, errors
     assert b"Traceback" not in errors
     assert not list((tmp_path / "demo").iterdir())
+
+
+def test_an_output_folder_with_files_is_never_touched(folder, tmp_path, here):
+    (tmp_path / "tiny.json").write_text(TINY.to_json())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    assert refused(here(tmp_path, "train", folder, "--arch", "tiny.json", "--out", "mine"), "mine", "exists already")
+    assert refused(here(tmp_path, "train", folder, "--arch", "tiny.json", "--out", "tiny.json"), "tiny.json")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--lr", "1e30", "--warmup-epochs", "0", "--batch-size", "8"),
+        ("--batch-size", "1", "--resolution", "1"),
+        ("--threads", "0"),
+        ("--threads", "100000"),
+        ("--resolution", "0"),
+    ],
+)
+def test_a_run_that_fails_at_once_leaves_nothing(folder, tmp_path, here, options):
+    (tmp_path / "tiny.json").write_text(TINY.to_json())
+    assert refused(here(tmp_path, "train", folder, "--arch", "tiny.json", "--out", "out", "--epochs", 3, *options))
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.json"]
+
+
+def test_what_is_no_image_by_its_name_is_told(folder, tmp_path, here):
+    data = tmp_path / "data"
+    for name in ("blue", "red"):
+        (data / name).mkdir(parents=True)
+        for path in sorted((folder / name).iterdir())[:4]:
+            (data / name / path.name).write_bytes(path.read_bytes())
+    (data / "red" / "notes.txt").write_text("")
+    (data / "empty").mkdir()
+    (tmp_path / "tiny.json").write_text(TINY.to_json())
+    result = here(tmp_path, "train", data, "--arch", "tiny.json", "--epochs", 1, "--out", "out")
+    assert result.returncode == 0
+    assert "empty/ (no images), red/notes.txt" in result.stderr
+    assert refused(here(tmp_path, "train", ""), "empty")
+
+
+def test_an_input_size_that_is_asked_for_stays_under_a_budget(folder, tmp_path, here):
+    result = here(tmp_path, "train", folder, "--arch", "mobilenet_v2", "--resolution", 64, "--macs", "8M", "--epochs", 1, "--out", "out")
+    assert result.returncode == 0, result.stderr
+    _, card = load_model(tmp_path / "out" / "model.safetensors")
+    assert card.arch.resolution == 64
+    assert ts.cost(card.arch, 2).macs <= 8e6
+
+
+def test_digits_are_not_mirrored_unless_asked(monkeypatch):
+    from triscale.commands.training import train_options
+
+    assert train_options(["digits"]).settings.flip is False
+    assert train_options(["digits", "--flip"]).settings.flip is True
+    assert train_options(["photos"]).settings.flip is True
+
+
+@pytest.mark.parametrize("change", ["layers", "size", "dtype", "nan", "names"])
+def test_a_model_file_that_nobody_vouches_for(run, folder, tmp_path, here, change):
+    """Bounded time and memory, no steering of the terminal, no numbers out of nothing."""
+    from safetensors.torch import load_file, save_file
+
+    out, _, _ = run
+    tensors, meta = load_file(out / "model.safetensors"), json.loads(load_model(out / "model.safetensors")[1].to_json())
+    if change == "layers":
+        meta["arch"]["stages"] = [{**meta["arch"]["stages"][0], "layers": 4096}] * 60
+    elif change == "size":
+        meta["preprocess"]["size"] = 65536
+    elif change == "dtype":
+        tensors = {k: v.half() for k, v in tensors.items()}
+    elif change == "nan":
+        tensors["classifier.bias"] = tensors["classifier.bias"] * float("nan")
+    else:
+        meta["classes"] = ["\x1b[31mred", "b\nx"]
+    save_file(tensors, tmp_path / "m.safetensors", metadata={"triscale": json.dumps(meta)})
+    start = time.monotonic()
+    result = here(tmp_path, "predict", folder / "red" / "03.png", "--weights", "m.safetensors")
+    assert time.monotonic() - start < 10
+    if change in ("layers", "size"):
+        assert refused(result, "m.safetensors")
+    elif change == "nan":
+        assert result.returncode == 2
+        assert "not finite" in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+        assert "\x1b" not in result.stdout
+        assert len(result.stdout.splitlines()) == 4

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from triscale.data import datasets
 from triscale.data.datasets import DataError, find, load
 from triscale.data.loader import Batches, augment, evaluation_batches, normalise
 from triscale.recipe import Preprocess, Recipe
@@ -75,12 +76,13 @@ def test_a_bad_image_is_left_out_and_labels_stay_with_their_images(tmp_path):
         assert [50 if label == 0 else 200 for label in part.labels.tolist()] == part.images[:, 0, 0, 0].tolist()
 
 
-def test_a_data_set_too_large_for_memory_says_so_before_reading(tmp_path):
+def test_a_data_set_too_large_for_memory_says_so_before_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 3 << 20)
     for name in ("a", "b"):
         picture(tmp_path / name / "0.png", 0)
         picture(tmp_path / name / "1.png", 0)
     with pytest.raises(DataError, match="GiB"):
-        load(find(str(tmp_path)), Preprocess(1 << 15, 0))
+        load(find(str(tmp_path)), Preprocess(1024, 0))
 
 
 def test_cifar10_from_parquet(shared):

@@ -12,10 +12,8 @@ from triscale.weights.dialects import TIMM, TRISCALE, names, timm_names, transla
 
 PAIRS = {
     "tf_efficientnet_b1": "efficientnet_b1",
-    "tf_efficientnet_b8": "efficientnet_b8",
     "tf_efficientnetv2_b3": "efficientnetv2_b3",
     "tf_efficientnetv2_s": "efficientnetv2_s",
-    "tf_efficientnetv2_m": "efficientnetv2_m",
     "tf_efficientnet_lite4": "efficientnet_lite4",
     "mobilenetv1_100": "mobilenet_v1",
     "mobilenetv2_100": "mobilenet_v2",

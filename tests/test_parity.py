@@ -4,7 +4,6 @@ Held to 1e-5 of the largest value in float32 and 1e-9 in float64. timm is an ind
 pad as TensorFlow does.
 """
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -62,19 +61,21 @@ def randomise(net, x):
         hook.remove()
 
 
-def make(name, size):
-    """timm's network with random weights and statistics, and ours with the same ones, in float32 evaluation."""
+def random_timm(name, size):
+    """timm's network in evaluation, with random weights, and statistics as images of that size give."""
     torch.manual_seed(1)
-    theirs = timm.create_model(name)
-    randomise(theirs, images(3, (size, size), seed=0))
-    ours = ts.build(ARCHS[name])
-    ours.load_state_dict(translate(theirs.state_dict(), ARCHS[name]))
-    return theirs, ours.eval()
+    net = timm.create_model(name)
+    randomise(net, images(3, (size, size), seed=0))
+    return net
 
 
 @pytest.fixture(scope="module", params=ARCHS)
 def nets(request):
-    return make(request.param, 160)
+    """timm's network and ours with the same weights."""
+    theirs, arch = random_timm(request.param, 160), ARCHS[request.param]
+    ours = ts.build(arch)
+    ours.load_state_dict(translate(theirs.state_dict(), arch))
+    return theirs, ours.eval()
 
 
 def error(got, expected):
@@ -88,15 +89,16 @@ def assert_alive(logits):
 
 def test_logits(nets):
     """Of both our paths: with autograd, and without, where norms are folded into the convolutions."""
-    theirs, ours = nets
+    theirs, ours = nets  # each test puts them into the type that it needs
     native = (ours.arch.resolution,) * 2
-    for dtype, sizes in ((torch.float32, (native, *SMALL)), (torch.float64, SMALL)):
-        theirs, ours = copy.deepcopy(theirs).to(dtype), copy.deepcopy(ours).to(dtype)
+    for dtype, sizes, n in ((torch.float32, (native, *SMALL), 2), (torch.float64, SMALL, 1)):
+        theirs, ours = theirs.to(dtype), ours.to(dtype)
         for size in sizes:
-            x = images(2, size, seed=1, dtype=dtype)
+            x = images(n, size, seed=1, dtype=dtype)
             with torch.no_grad():
                 expected, folded = theirs(x), ours(x)
-            assert_alive(expected)
+            if n == 2:
+                assert_alive(expected)
             assert error(folded, expected) <= TOLERANCE[dtype], (dtype, size)
             if size == SMALL[0]:
                 plain = ours(x)
@@ -126,8 +128,8 @@ def test_logits_of_real_weights(shared):
 
 def test_stages(nets):
     """`stages` gives the maps that timm's feature extraction gives, at strides 2 to 32."""
-    theirs, ours = (copy.deepcopy(net).double() for net in nets)
-    x = images(2, (75, 97), seed=3, dtype=torch.float64)
+    theirs, ours = (net.double() for net in nets)
+    x = images(1, (75, 97), seed=3, dtype=torch.float64)
     with torch.no_grad():
         expected, got = theirs.forward_intermediates(x, intermediates_only=True), ours.stages(x)
     assert list(got) == ["stride2", "stride4", "stride8", "stride16", "stride32"]
@@ -171,10 +173,10 @@ def betas_without_gradient(arch):
 def test_gradients(name, unseen):
     """Of a cross entropy in float64, in training mode with drop connect and dropout off, for every parameter."""
     arch = replace(ARCHS[name].with_numerics(drop_path=0.0), dropout=0.0)
-    theirs = make(name, 64)[0].double().train()
+    theirs = random_timm(name, 64).double().train()
     ours = ts.build(arch).double().train()
     ours.load_state_dict(translate(theirs.state_dict(), arch))
-    x, y = images(4, (48, 64), seed=5, dtype=torch.float64), torch.tensor([3, 700, 12, 999])
+    x, y = images(3, (48, 64), seed=5, dtype=torch.float64), torch.tensor([3, 700, 999])
     for net in (theirs, ours):
         F.cross_entropy(net(x), y).backward()
     reference = {key: p.grad for key, p in theirs.named_parameters()}

@@ -38,7 +38,7 @@ class ArchError(ValueError):
 
 
 def _refuse(owner: object, name: str, expected: str) -> ArchError:
-    return ArchError(f"{type(owner).__name__}.{name}: expected {expected}, found {getattr(owner, name)!r}")
+    return ArchError(f"{type(owner).__name__}.{name}: expected {expected}, found {repr(getattr(owner, name))[:80]}")
 
 
 def _whole(owner: object, name: str, low: int, high: int) -> None:
@@ -250,6 +250,8 @@ class Arch:
         for part, kind in (("stem", Stem), ("head", Head), ("numerics", Numerics)):
             if not isinstance(getattr(self, part), kind):
                 raise _refuse(self, part, f"a {kind.__name__}")
+        if not isinstance(self.stages, (tuple, list)):
+            raise _refuse(self, "stages", "a tuple of Stage values")
         object.__setattr__(self, "stages", tuple(self.stages))
         if not 1 <= len(self.stages) <= MAX_STAGES or not all(isinstance(s, Stage) for s in self.stages):
             raise ArchError(f"Arch.stages: expected 1 to {MAX_STAGES} Stage values, found {self.stages!r}"[:300])

@@ -124,11 +124,15 @@ class ConvNormAct(nn.Module):
         self.act: Activation | None = act
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(self.norm) is not BatchNorm:
-            x = self.norm(self.conv(x))
-        else:
-            x = self.conv.convolve(x, *self.folded())
+        x = self.conv.convolve(x, *self.folded()) if self._foldable() else self.norm(self.conv(x))
         return activate(x, self.act) if self.act else x
+
+    def _foldable(self) -> bool:
+        """Evaluation without autograd or compiler, on the modules as they were built: no hook of theirs would be called."""
+        conv, norm = self.conv, self.norm
+        if norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(norm) is not BatchNorm:
+            return False
+        return not (conv._forward_hooks or conv._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution that equals convolution and norm in evaluation.

@@ -29,10 +29,11 @@ class Workload:
     batch: int = 1
     training: bool = False
     num_classes: int = 1000
+    in_channels: int = 3
     optimizer_slots: int = 2
 
     def cost(self, arch: Arch) -> Cost:
-        return cost(arch, self.num_classes, batch=self.batch)
+        return cost(arch, self.num_classes, self.in_channels, batch=self.batch)
 
     def memory(self, c: Cost) -> int:
         """Bytes of weights, input, activations (and, training, gradients and optimiser state)."""

@@ -118,8 +118,11 @@ def cost(
 ) -> Cost:
     """The cost of `build(arch, num_classes, in_channels)` at `resolution` (height, width; the Arch's own unless given).
 
-    `batch` and `bytes_per_value` (4: float32) matter to `memory` alone. Raises ValueError where one of them is below 1.
+    `batch` and `bytes_per_value` (4: float32) matter to `memory` alone. Raises ValueError where one of
+    them is below 1, or num_classes below 0.
     """
+    if num_classes < 0:
+        raise ValueError(f"cost: expected num_classes >= 0, found {num_classes}")
     size = (resolution, resolution) if isinstance(resolution, int) else resolution or (arch.resolution, arch.resolution)
     for name, value in (("in_channels", in_channels), ("batch", batch), ("resolution", min(size)), ("bytes_per_value", bytes_per_value)):
         if value < 1:

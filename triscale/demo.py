@@ -14,8 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -159,14 +160,21 @@ def run(out: Path, *, seeds: int = 3, recipe: Recipe = RECIPE, workers: int | No
         jobs = [_Job(w.name, w.arch, s, replace(recipe, seed=s), folder) for w in order for s in range(seeds)]
         queue = context.Queue()
         count = max(1, min(workers or cores, len(jobs), 8))
-        with context.Pool(count, _start_worker, (queue,)) as pool:  # leaving it terminates the workers
-            pending = [pool.apply_async(_train, (job,)) for job in jobs]
+        pool = ProcessPoolExecutor(count, context, _start_worker, (queue,))
+        try:
+            pending = [pool.submit(_train, job) for job in jobs]
             yield from _watch(pending, queue, jobs)
-            results = [p.get() for p in pending]
+            results = [p.result() for p in pending]
+        except BrokenProcessPool:
+            raise MemoryError("a training process was killed; the machine may be out of memory, try --workers 1") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
         _finish(out, all_ways, results, recipe, time.perf_counter() - start, count)
 
 
-def _watch(pending: list[AsyncResult[dict[str, Any]]], queue: Any, jobs: list[_Job]) -> Iterator[Progress]:
+def _watch(pending: list[Future[dict[str, Any]]], queue: Any, jobs: list[_Job]) -> Iterator[Progress]:
     done, total, reported = 0.0, float(sum(_weight(j.arch) for j in jobs)), set[int]()
     while len(reported) < len(pending):
         try:
@@ -176,9 +184,9 @@ def _watch(pending: list[AsyncResult[dict[str, Any]]], queue: Any, jobs: list[_J
         except Empty:
             pass
         for i, result in enumerate(pending):
-            if i not in reported and result.ready():
+            if i not in reported and result.done():
                 reported.add(i)
-                value = result.get()
+                value = result.result()
                 yield Progress(done, total, (value["way"], value["seed"], value["top1"]))
 
 

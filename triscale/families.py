@@ -190,16 +190,20 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(known, key=lambda n: next(i for i, p in enumerate(order) if n.startswith(p))))
 
 
-@cache
 def arch(name: str) -> Arch:
     """The named network. Raises UnknownNameError (a ValueError) that gives the nearest name.
 
     The members of a family carry the official multipliers, which are not exactly alpha^phi, beta^phi, gamma^phi.
     """
+    if not isinstance(name, str) or (name not in _BASES and name not in _VARIANTS):
+        raise unknown("network", str(name), names())
+    return _named(name)
+
+
+@cache
+def _named(name: str) -> Arch:
     if name in _BASES:
         return replace(_BASES[name], name=name)
-    if name not in _VARIANTS:
-        raise unknown("network", name, names())
     row = _VARIANTS[name]
     scaled = scale(arch(row.base), Scaling(row.depth, row.width))
     return replace(scaled, resolution=row.resolution, dropout=row.dropout, name=name)

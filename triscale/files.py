@@ -25,7 +25,9 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == name:
+            error.filename = os.fspath(path)  # the user knows the file by this name
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

@@ -6,6 +6,7 @@ is shared; mean and spread are given beside it.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,12 +45,21 @@ class Timing:
         return ordered[min(len(ordered) - 1, max(0, round(p / 100 * len(ordered) + 0.5) - 1))]
 
 
+def set_threads(count: int | None) -> None:
+    """torch's intra-operator threads; None leaves them. Raises ValueError below 1 or above the machine's cores."""
+    cores = os.cpu_count() or 1
+    if count is None:
+        return
+    if not 1 <= count <= cores:
+        raise ValueError(f"threads: expected 1 to {cores}, this machine's cores, found {count}")
+    torch.set_num_threads(count)
+
+
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """torch's intra-operator threads set to `count` inside, put back after; None leaves them."""
     before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
+    set_threads(count)
     try:
         yield
     finally:

@@ -37,8 +37,8 @@ class ConvNet(nn.Module):
 
     def __init__(self, arch: Arch, num_classes: int = 1000, in_channels: int = 3) -> None:
         super().__init__()
-        if num_classes < 0 or in_channels < 1:
-            raise ValueError(f"build: expected num_classes >= 0 and in_channels >= 1, found {num_classes} and {in_channels}")
+        if type(num_classes) is not int or type(in_channels) is not int or num_classes < 0 or in_channels < 1:
+            raise ValueError(f"build: expected whole numbers num_classes >= 0 and in_channels >= 1, found {num_classes} and {in_channels}")
         self.arch, self.num_classes, self.in_channels = arch, num_classes, in_channels
         n, stem = arch.numerics, arch.stem
         self.stem = ConvNormAct(in_channels, stem.channels, stem.kernel, n, stride=stem.stride, act=n.activation)

@@ -59,7 +59,11 @@ def predict_files(
             if isinstance(result, str):
                 yield Failure(file, result)
             else:
-                values, indices = next(rows).topk(min(top, len(classes)))
+                row = next(rows)
+                if not bool(row.isfinite().all()):
+                    yield Failure(file, f"{file}: the network's output is not finite; its weights are broken")
+                    continue
+                values, indices = row.topk(min(top, len(classes)))
                 yield Prediction(file, tuple((classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)))
 
 

@@ -18,6 +18,7 @@ FORMAT = 1
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 Optimizer = Literal["sgd", "adamw"]
 
+MAX_SIZE = 4096  # pixels: 200 MB an image as float32, for files that nobody vouches for
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
@@ -42,10 +43,13 @@ class Preprocess:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
-        if type(self.size) is not int or not 1 <= self.size <= 1 << 16:
-            raise RecipeError(f"Preprocess.size: expected a whole number from 1 to {1 << 16}, found {self.size!r}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or not all(type(v) in (int, float) for v in value):
+                raise RecipeError(f"Preprocess.{name}: expected 1 or 3 numbers, found {value!r}"[:200])
+            object.__setattr__(self, name, tuple(map(float, value)))
+        if type(self.size) is not int or not 1 <= self.size <= MAX_SIZE:
+            raise RecipeError(f"Preprocess.size: expected a whole number from 1 to {MAX_SIZE}, found {self.size!r}")
         if type(self.crop_padding) is not int or self.crop_padding < 0:
             raise RecipeError(f"Preprocess.crop_padding: expected a whole number from 0, found {self.crop_padding!r}")
         if self.interpolation not in get_args(Interpolation):
@@ -113,6 +117,7 @@ class Recipe:
             ("batch_size", 1, 1 << 20),
             ("label_smoothing", 0, 0.99),
             ("ema", 0, 0.999999),
+            ("seed", 0, 1 << 40),
             ("shift", 0, 1),
             ("erase", 0, 1),
         ):
@@ -162,7 +167,8 @@ def from_json(kind: type[Recipe] | type[Preprocess], text: str) -> Any:
 RECIPES: dict[str, Recipe] = {
     # A first look at any folder. Not run as a benchmark.
     "quick": Recipe(),
-    # A few thousand small photographs from scratch. RESULTS_SMALL
+    # A few thousand small photographs from scratch. triscale train cifar10-mini --arch resnet18 --resolution 32
+    # --macs 40M --recipe small: 59.8 % of its 500 test images in 221 s on two cores (studies/README.md).
     "small": Recipe(epochs=45, erase=0.5, weight_decay=1e-3, ema=0.995),
 }
 

@@ -57,7 +57,7 @@ class Coefficients:
 def compound(phi: float, alpha: float = ALPHA, beta: float = BETA, gamma: float = GAMMA) -> Scaling:
     """depth alpha^phi, width beta^phi, resolution gamma^phi (paper, eq. 3). phi may be negative or a fraction."""
     Coefficients(alpha, beta, gamma)
-    if not math.isfinite(phi) or abs(phi) > 100:
+    if not isinstance(phi, (int, float)) or not math.isfinite(phi) or abs(phi) > 100:
         raise ScalingError(f"phi: expected a number from -100 to 100, found {phi!r}")
     return Scaling(alpha**phi, beta**phi, gamma**phi, phi)
 
@@ -95,6 +95,9 @@ def scale(arch: Arch, scaling: Scaling | None = None, *, depth: float = 1, width
     (the paper goes linearly from 0.2 at B0 to 0.5 at B7). Scaling twice is not scaling by the product: each rounds.
     Raises ScalingError for a multiplier that is not above 0.
     """
+    if not isinstance(arch, Arch) or not isinstance(scaling, Scaling | None):
+        found = f"{type(arch).__name__} and {type(scaling).__name__}"
+        raise ScalingError(f"scale: expected an Arch and a Scaling (compound(phi) makes one), found {found}")
     s = scaling or Scaling(depth, width, resolution)
     if scaling and (depth, width, resolution) != (1, 1, 1):
         raise ScalingError("scale: give either a Scaling or depth, width, resolution, not both")

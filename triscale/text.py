@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 
+def printable(text: str) -> str:
+    """`text` with what would break a line or steer a terminal written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Container[int] = (0,), total: bool = False) -> str:
     """Columns two spaces apart; those in `left` flush left, the rest right. total: a rule before the last row."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 

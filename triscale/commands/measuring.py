@@ -24,8 +24,8 @@ def bench(names: list[str], /, *, relative_to: str | None = None, batch: int = 1
         threads: CPU threads.
         runs: timed runs of each network.
     """
-    if min(batch, threads, runs) < 1:
-        raise ValueError(f"--batch, --threads and --runs: expected 1 or more, found {batch}, {threads} and {runs}")
+    if min(batch, runs) < 1:
+        raise ValueError(f"--batch and --runs: expected 1 or more, found {batch} and {runs}")
     archs = {name: read_arch(name) for name in names or ["resnet152", "efficientnet_b1"]}
     reference = relative_to or list(archs)[-1]
     archs.setdefault(reference, read_arch(reference))

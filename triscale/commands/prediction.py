@@ -23,11 +23,11 @@ def predict(files: list[str], /, *, weights: str, top: int = 5, batch: int = 32,
         raise ValueError(f"--top and --batch: expected 1 or more, found {top} and {batch}")
     import torch
 
+    from triscale.latency import set_threads
     from triscale.predict import Prediction, image_files, predict_files
     from triscale.weights.model_file import load_model
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     net, card = load_model(weights)
     net = net.to(memory_format=torch.channels_last)
     paths = image_files(files)

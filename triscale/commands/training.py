@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from triscale.architecture import Arch
 from triscale.commands import TYRO
 from triscale.commands.networks import read_arch
 from triscale.quantities import count, short
@@ -108,32 +108,38 @@ def train_options(args: list[str]) -> Train:
     """Parsed twice: the named recipe gives the defaults that the other options override."""
     name = next((args[i + 1] for i, a in enumerate(args[:-1]) if a == "--recipe"), None)
     name = next((a.split("=", 1)[1] for a in args if a.startswith("--recipe=")), name) or "quick"
-    default = Train(data=tyro.MISSING, recipe=name, settings=named(name))
+    settings = named(name)
+    if "digits" in args:  # a mirrored digit is another digit, or none; --flip still turns it on
+        settings = replace(settings, flip=False)
+    default = Train(data=tyro.MISSING, recipe=name, settings=settings)
     return tyro.cli(Train, args=args, default=default, prog="triscale train", config=TYRO)
 
 
 def train(options: Train) -> int:
     """Trains and reports. Returns the exit status: 1 where files were left out."""
-    import torch
-
     from triscale.budget import Workload, fit_budget
     from triscale.classify import Evaluated, Saved, preprocess_for, run_folder
     from triscale.cost_model import cost
-    from triscale.data.datasets import NAMED, find, load
+    from triscale.data.datasets import find, load
+    from triscale.latency import set_threads
     from triscale.report import render
-    from triscale.scaling import fit_input
+    from triscale.scaling import Coefficients, fit_input
     from triscale.train.loop import Step
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
+    out = _new_folder(options, read_arch(options.arch))
     arch = read_arch(options.arch)
     label = arch.name or Path(options.arch).stem
     small = {"digits": 16, "cifar10": 32}
     channels = 1 if options.data == "digits" else 3
     listing = find(options.data, options.data_dir)
-    arch = fit_input(arch, options.resolution or small.get(options.data, arch.resolution))
+    resolution = small.get(options.data) if options.resolution is None else options.resolution
+    arch = fit_input(arch, arch.resolution if resolution is None else resolution)
     if options.macs is not None:
-        fit = fit_budget(arch, macs=count(options.macs), workload=Workload(num_classes=len(listing.classes)))
+        # An input size that is asked for stays: the budget is then met by depth and width alone.
+        coefficients = Coefficients() if resolution is None else Coefficients(gamma=1.0)
+        workload = Workload(num_classes=len(listing.classes), in_channels=channels)
+        fit = fit_budget(arch, macs=count(options.macs), coefficients=coefficients, workload=workload)
         print(fit)
         arch = fit.arch
     arch = replace(arch, name=label)
@@ -146,12 +152,12 @@ def train(options: Train) -> int:
         f"{label} at {arch.resolution} px: {short(c.macs)} MACs, {short(c.params)} parameters; training step {short(c.memory.training(1))}B of memory"
     )
     print(f"{len(splits.classes)} classes, {len(splits.train)} images to train on, {len(splits.held_out)} held out ({splits.held_out_is})")
+    if listing.passed_over:
+        print(f"passed over, not images by their names: {_some(listing.passed_over)}", file=sys.stderr)
     left_out = splits.train.left_out + splits.held_out.left_out
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
-    base = Path(options.data).resolve().name if options.data not in NAMED else options.data
-    out = options.out or _free(Path("runs"), f"{base}-{Path(label).name}".replace(" ", "-"))
-    saved, top1 = 0, 0.0
+    saved, top1, made = 0, 0.0, not out.exists()
     with _bar() as bar:
         task = bar.add_task("epoch 1", total=None, unit="images", per=options.settings.batch_size)
         try:
@@ -165,9 +171,12 @@ def train(options: Train) -> int:
                     bar.console.print(line, highlight=False)
                 elif isinstance(event, Saved):
                     saved = event.epoch
+        except Exception:
+            _undo(out, made, saved)
+            raise
         except KeyboardInterrupt:
             if not saved:
-                shutil.rmtree(out, ignore_errors=True)
+                _undo(out, made, saved)
                 raise KeyboardInterrupt("before the first epoch was done; nothing is kept") from None
             raise KeyboardInterrupt(f"{out / 'model.safetensors'} holds epoch {saved} of {options.settings.epochs}") from None
     print(f"{100 * top1:.2f} % of the held-out images right. Model: {out / 'model.safetensors'}. Report: {render(out)}")
@@ -177,6 +186,30 @@ def train(options: Train) -> int:
             file=sys.stderr,
         )
     return 1 if left_out else 0
+
+
+def _new_folder(options: Train, arch: Arch) -> Path:
+    """The run folder, which doesn't exist yet or is empty: a run never overwrites another, or anything else."""
+    if options.out is None:
+        base = Path(options.data).resolve().name
+        return _free(Path("runs"), f"{base}-{Path(arch.name or Path(options.arch).stem).name}".replace(" ", "-"))
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ValueError(f"--out {options.out}: exists already and is no empty folder; give another")
+    return options.out
+
+
+def _undo(out: Path, made: bool, saved: int) -> None:
+    """Takes away what a run without one whole epoch has left."""
+    if saved:
+        return
+    for name in ("recipe.json", "log.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    if made and out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+
+
+def _some(items: tuple[str, ...], shown: int = 5) -> str:
+    return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")
 
 
 def _free(folder: Path, name: str) -> Path:

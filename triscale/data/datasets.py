@@ -63,17 +63,23 @@ class _File(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """A data set's files, found but not read. held_out_is: where the held-out ones come from."""
+    """A data set's files, found but not read. held_out_is: where the held-out ones come from.
+
+    passed_over: what lies in the folders but is no image by its name, or a folder without one.
+    """
 
     data: str
     train: list[_File]
     held_out: list[_File]
     classes: tuple[str, ...]
     held_out_is: str
+    passed_over: tuple[str, ...] = ()
 
 
 def find(data: str, data_dir: str | None = None) -> Listing:
     """The files and classes of `data`: a folder or a name; data_dir: where a named data set lies. Raises DataError."""
+    if not data:
+        raise DataError("expected a folder or a name, found an empty text")
     if data == "digits":
         return _digits()
     if data == "cifar10":
@@ -89,7 +95,7 @@ def load(listing: Listing, preprocess: Preprocess, progress: Progress | None = N
 
     Unreadable images are left out and listed; a class of which none can be read is an error. Raises DataError.
     """
-    data, train, held_out, classes, held_out_is = listing
+    data, train, held_out, classes, held_out_is, _ = listing
     total = len(train) + len(held_out)
     size = total * preprocess.channels * preprocess.size**2
     if size > MEMORY_LIMIT:
@@ -148,13 +154,25 @@ def _folder(root: Path) -> Listing:
             continue
         for extra in set(_class_folders(other)) - set(classes):
             raise DataError(f"{other / extra}: no class of this name in {train_root}")
-        return Listing(str(root), files, _files(other, classes), tuple(classes), f"{root.name}/{name}")
+        over = _passed_over(train_root) + _passed_over(other)
+        return Listing(str(root), files, _files(other, classes), tuple(classes), f"{root.name}/{name}", over)
     train, held_out = _hold_out(files, len(classes))
-    return Listing(str(root), train, held_out, tuple(classes), f"{HELD_OUT:.0%} of each class, by a fixed draw")
+    return Listing(str(root), train, held_out, tuple(classes), f"{HELD_OUT:.0%} of each class, by a fixed draw", _passed_over(train_root))
 
 
 def _class_folders(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".") and any(_images(p)))
+
+
+def _passed_over(root: Path) -> tuple[str, ...]:
+    """Entries of the class folders that aren't read, and folders of no image; hidden ones are nobody's images."""
+    out = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        images = set(_images(folder))
+        if not images and root.name not in EVALUATION_FOLDERS:
+            out.append(f"{folder.name}/ (no images)")
+        out += [f"{folder.name}/{p.name}" for p in sorted(folder.iterdir()) if p not in images and not p.name.startswith(".")]
+    return tuple(out)
 
 
 def _images(folder: Path) -> Iterable[Path]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from triscale.architecture import Arch
 from triscale.files import write_whole
@@ -79,24 +80,26 @@ def save_model(path: str | os.PathLike[str], net: ConvNet, card: ModelCard) -> N
 def load_model(path: str | os.PathLike[str]) -> tuple[ConvNet, ModelCard]:
     """The network, in evaluation mode on the CPU, and its card. Raises ModelFileError.
 
-    Every tensor must be there with its shape, and none more; the network is built only after the names have been checked.
+    Every tensor must be there with its shape, and none more. Tensors of another floating-point precision become float32.
     """
     path = Path(path)
     if not path.is_file():
-        raise ModelFileError(f"{path}: no such file")
+        raise ModelFileError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
             if text is None:
                 raise ModelFileError(f"{path}: a safetensors file, but not a triscale model (no '{KEY}' in its metadata)")
             card = ModelCard.from_json(text)
+            if sum(stage.layers for stage in card.arch.stages) > len(file.keys()):  # asked first: a build costs time by the layer
+                raise ModelFileError(f"{path}: its architecture has more layers than the file has tensors")
             with torch.device("meta"):
                 net = build(card.arch, len(card.classes), card.preprocess.channels)
             wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
             if wanted != found:
                 raise ModelFileError(f"{path}: tensors don't fit its own architecture; {_difference(wanted, found)}")
-            net.load_state_dict({name: file.get_tensor(name) for name in wanted}, assign=True)
+            net.load_state_dict({name: _float32(name, file.get_tensor(name)) for name in wanted}, assign=True)
     except (SafetensorError, OSError) as error:
         raise ModelFileError(f"{path}: not a model file ({_first_line(error)})") from None
     except ModelFileError:
@@ -104,6 +107,12 @@ def load_model(path: str | os.PathLike[str]) -> tuple[ConvNet, ModelCard]:
     except (ValueError, TypeError, KeyError) as error:
         raise ModelFileError(f"{path}: its metadata make no model ({_first_line(error)})") from None
     return net.eval(), card
+
+
+def _float32(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} holds {tensor.dtype}, expected floating point")
+    return tensor.float()
 
 
 def _difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
