@@ -66,15 +66,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("activation", ["silu", "relu"])
+@pytest.mark.parametrize(("activation", "padding"), [("silu", "same"), ("relu", "symmetric")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_block_within_half_a_percent(kind, activation):
+def test_each_kind_of_block_within_half_a_percent(kind, activation, padding):
     """One stage alone, so that no larger neighbour hides its peak. Measured: within 0.2 %."""
-    pool = kind in ("basic", "bottleneck")
-    for padding in ("same", "symmetric"):
-        arch = ts.Arch(ts.Stem(32, pool=pool), (KINDS[kind],), ts.Head(64), 64, numerics=ts.Numerics(padding=padding, activation=activation))
-        for training in (INFERENCE, TRAINING):
-            assert predicted_peak(arch, 4, training, 10) == pytest.approx(measured_peak(arch, 4, training, classes=10), rel=0.005)
+    stem, numerics = ts.Stem(32, pool=kind in ("basic", "bottleneck")), ts.Numerics(activation=activation, padding=padding)
+    arch = ts.Arch(stem, (KINDS[kind],), ts.Head(64), 64, numerics=numerics)
+    for training in (INFERENCE, TRAINING):
+        assert predicted_peak(arch, 4, training, 10) == pytest.approx(measured_peak(arch, 4, training, classes=10), rel=0.005)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -85,7 +84,7 @@ def test_random_networks_within_15_percent(arch, batch):
 
 
 @pytest.mark.parametrize("training", [INFERENCE, TRAINING], ids=["inference", "training"])
-@pytest.mark.parametrize(("name", "batch"), [("efficientnet_b0", 1), ("mobilenet_v2", 2), ("resnet18", 2)])
+@pytest.mark.parametrize(("name", "batch"), [("efficientnet_b0", 1), ("resnet18", 2)])
 def test_the_meta_device_measures_what_the_cpu_does(name, batch, training):
     arch = ts.arch(name)
     assert measured_peak(arch, batch, training) == measured_peak(arch, batch, training, device="cpu")

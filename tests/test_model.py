@@ -180,7 +180,7 @@ def test_input_sizes_round_up(name, size):
 
 
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(arch=archs(most_stages=2), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_both_paddings_give_maps_rounded_up(padding, arch, height, width):
     net = ts.build(arch.with_numerics(padding=padding), 3).eval()
@@ -256,7 +256,7 @@ def test_stages_are_what_forward_uses(mixed):
         assert relative(maps["stride2"], y) < 1e-6
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(archs())
 def test_random_networks_train_and_evaluate(arch):
     net = fresh(arch, 3)

@@ -65,17 +65,17 @@ def random_timm(name, size):
     """timm's network in evaluation, with random weights, and statistics as images of that size give."""
     torch.manual_seed(1)
     net = timm.create_model(name)
-    randomise(net, images(3, (size, size), seed=0))
+    randomise(net, images(2, (size, size), seed=0))
     return net
 
 
 @pytest.fixture(scope="module", params=ARCHS)
 def nets(request):
     """timm's network and ours with the same weights."""
-    theirs, arch = random_timm(request.param, 160), ARCHS[request.param]
+    theirs, arch = random_timm(request.param, 144), ARCHS[request.param]
     ours = ts.build(arch)
     ours.load_state_dict(translate(theirs.state_dict(), arch))
-    return theirs, ours.eval()
+    return theirs, ours.eval()  # each test puts them into the type that it needs
 
 
 def error(got, expected):
@@ -87,9 +87,8 @@ def assert_alive(logits):
     assert (logits[0] - logits[1]).abs().max() > 0.05 * logits.abs().max()
 
 
-def test_logits(nets):
-    """Of both our paths: with autograd, and without, where norms are folded into the convolutions."""
-    theirs, ours = nets  # each test puts them into the type that it needs
+def assert_same_logits(theirs, ours):
+    """On both our paths: with autograd, and without, where norms are folded into the convolutions."""
     native = (ours.arch.resolution,) * 2
     for dtype, sizes, n in ((torch.float32, (native, *SMALL), 2), (torch.float64, SMALL, 1)):
         theirs, ours = theirs.to(dtype), ours.to(dtype)
@@ -106,24 +105,19 @@ def test_logits(nets):
                 assert error(plain.detach(), expected) <= TOLERANCE[dtype], (dtype, size)
 
 
+def test_logits(nets):
+    assert_same_logits(*nets)
+
+
 def test_logits_of_real_weights(shared):
-    """EfficientNetV2-B0, ImageNet, at its own size and two others."""
+    """EfficientNetV2-B0, trained on ImageNet."""
     state = load_file(shared / "weights/efficientnetv2_b0/tf_efficientnetv2_b0.timm.safetensors")
     theirs = timm.create_model("tf_efficientnetv2_b0").eval()
     theirs.load_state_dict(state)
     arch = ts.arch("efficientnetv2_b0")
     ours = ts.build(arch).eval()
     ours.load_state_dict(translate(state, arch))
-    for dtype, sizes in ((torch.float32, ((224, 224), *SMALL)), (torch.float64, SMALL)):
-        for net in (theirs, ours):
-            net.to(dtype)
-        for size in sizes:
-            x = images(2, size, seed=1, dtype=dtype)
-            with torch.no_grad():
-                expected, folded = theirs(x), ours(x)
-            assert_alive(expected)
-            assert error(folded, expected) <= TOLERANCE[dtype], (dtype, size)
-            assert error(ours(x).detach(), expected) <= TOLERANCE[dtype], (dtype, size)
+    assert_same_logits(theirs, ours)
 
 
 def test_stages(nets):
@@ -163,7 +157,6 @@ def betas_without_gradient(arch):
     ("name", "unseen"),
     [
         ("tf_efficientnet_b0", 16),
-        ("tf_efficientnet_b1", 22),
         ("tf_efficientnetv2_b0", 17),
         ("mobilenetv2_100", 17),
         ("mobilenetv1_100", 0),
