@@ -157,6 +157,11 @@ def betas_without_gradient(arch):
     ("name", "unseen"),
     [
         ("tf_efficientnet_b0", 16),
+        ("tf_efficientnet_b1", 22),
+        ("tf_efficientnet_b2", 22),
+        ("tf_efficientnet_b3", 25),
+        ("tf_efficientnet_b4", 31),
+        ("tf_efficientnet_lite0", 16),
         ("tf_efficientnetv2_b0", 17),
         ("mobilenetv2_100", 17),
         ("mobilenetv1_100", 0),
