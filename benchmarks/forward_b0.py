@@ -35,7 +35,12 @@ def main():
             calls[(*key, name)] = lambda n=same, x=x: n(x)
     with torch.no_grad():
         timings = time_in_turn(calls, runs=RUNS, threads_used=1)
-    rows = [
+    return rows_of(timings)
+
+
+def rows_of(timings):
+    """(library, padding, format) -> Timing, as rows in ms."""
+    return [
         {
             "library": k[0],
             "padding": k[1],
@@ -43,11 +48,10 @@ def main():
             "median_ms": 1e3 * t.median,
             "min_ms": 1e3 * min(t.runs),
             "sd_ms": 1e3 * t.spread,
-            "runs": RUNS,
+            "runs": len(t.runs),
         }
         for k, t in timings.items()
     ]
-    return rows
 
 
 def ratios(rows):

@@ -3,6 +3,7 @@
 import timm
 import torch
 
+from benchmarks.forward_b0 import rows_of
 from triscale.families import arch
 from triscale.latency import time_in_turn
 from triscale.model import build
@@ -37,15 +38,4 @@ def main():
     formats = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
     calls = {(*key, name): step_call(make(), layout) for key, make in nets.items() for name, layout in formats.items()}
     timings = time_in_turn(calls, runs=RUNS, threads_used=2)
-    return [
-        {
-            "library": k[0],
-            "padding": k[1],
-            "format": k[2],
-            "median_ms": 1e3 * t.median,
-            "min_ms": 1e3 * min(t.runs),
-            "sd_ms": 1e3 * t.spread,
-            "runs": RUNS,
-        }
-        for k, t in timings.items()
-    ]
+    return rows_of(timings)

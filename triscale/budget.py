@@ -130,9 +130,9 @@ class _Line:
         if not self.exceeded(0):
             low, high = 0, STEP
             while not self.exceeded(high):
-                low, high = high, 2 * high
-                if high > HIGHEST:
-                    raise BudgetError(f"fit_budget: the budget allows phi {low / STEP:g} and more; give a tighter one")
+                if high == HIGHEST:
+                    raise BudgetError(f"fit_budget: the budget allows phi {high / STEP:g} and more; give a tighter one")
+                low, high = high, min(2 * high, HIGHEST)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.exceeded(middle) else (middle, high)

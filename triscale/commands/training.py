@@ -92,7 +92,7 @@ class Train:
     """Scale the network to this budget of multiply-adds an image first, e.g. 40M."""
     resolution: int | None = None
     """Input size; the network's own unless given (digits: 16, cifar10: 32). Where the last feature map would be smaller than
-    4x4, strides are taken out, the first ones first."""
+    4x4, strides are taken out, the first ones first, before --macs is met."""
     data_dir: str | None = None
     """Where cifar10 lies: a folder with cifar-10-batches-py, or with its Parquet files."""
     out: Path | None = None
@@ -117,40 +117,26 @@ def train_options(args: list[str]) -> Train:
 
 def train(options: Train) -> int:
     """Trains and reports. Returns the exit status: 1 where files were left out."""
-    from triscale.budget import Workload, fit_budget
     from triscale.classify import Evaluated, Saved, preprocess_for, run_folder
     from triscale.cost_model import cost
     from triscale.data.datasets import find, load
     from triscale.latency import set_threads
     from triscale.report import render
-    from triscale.scaling import Coefficients, fit_input
     from triscale.train.loop import Step
 
     set_threads(options.threads)
-    out = _new_folder(options, read_arch(options.arch))
     arch = read_arch(options.arch)
-    label = arch.name or Path(options.arch).stem
-    small = {"digits": 16, "cifar10": 32}
+    out = _new_folder(options, arch)
     channels = 1 if options.data == "digits" else 3
     listing = find(options.data, options.data_dir)
-    resolution = small.get(options.data) if options.resolution is None else options.resolution
-    arch = fit_input(arch, arch.resolution if resolution is None else resolution)
-    if options.macs is not None:
-        # An input size that is asked for stays: the budget is then met by depth and width alone.
-        coefficients = Coefficients() if resolution is None else Coefficients(gamma=1.0)
-        workload = Workload(num_classes=len(listing.classes), in_channels=channels)
-        fit = fit_budget(arch, macs=count(options.macs), coefficients=coefficients, workload=workload)
-        print(fit)
-        arch = fit.arch
-    arch = replace(arch, name=label)
+    arch = _network(options, arch, len(listing.classes), channels)
     preprocess = preprocess_for(arch.resolution, channels)
     with _bar() as bar:
         task = bar.add_task("reading images", total=None, unit="images")
         splits = load(listing, preprocess, lambda done, total: bar.update(task, completed=done, total=total))
     c = cost(arch, len(splits.classes), channels, batch=options.settings.batch_size)
-    print(
-        f"{label} at {arch.resolution} px: {short(c.macs)} MACs, {short(c.params)} parameters; training step {short(c.memory.training(1))}B of memory"
-    )
+    memory = short(c.memory.training(1))
+    print(f"{arch.name} at {arch.resolution} px: {short(c.macs)} MACs, {short(c.params)} parameters; training step {memory}B of memory")
     print(f"{len(splits.classes)} classes, {len(splits.train)} images to train on, {len(splits.held_out)} held out ({splits.held_out_is})")
     if listing.passed_over:
         print(f"passed over, not images by their names: {_some(listing.passed_over)}", file=sys.stderr)
@@ -186,6 +172,24 @@ def train(options: Train) -> int:
             file=sys.stderr,
         )
     return 1 if left_out else 0
+
+
+def _network(options: Train, arch: Arch, classes: int, channels: int) -> Arch:
+    """`arch` for the input size of the data and, where there is one, within the budget."""
+    from triscale.budget import Workload, fit_budget
+    from triscale.scaling import Coefficients, fit_input
+
+    label = arch.name or Path(options.arch).stem
+    resolution = {"digits": 16, "cifar10": 32}.get(options.data) if options.resolution is None else options.resolution
+    arch = fit_input(arch, arch.resolution if resolution is None else resolution)
+    if options.macs is not None:
+        # An input size that is asked for stays: the budget is then met by depth and width alone.
+        coefficients = Coefficients() if resolution is None else Coefficients(gamma=1.0)
+        workload = Workload(num_classes=classes, in_channels=channels)
+        fit = fit_budget(arch, macs=count(options.macs), coefficients=coefficients, workload=workload)
+        print(fit)
+        arch = fit.arch
+    return replace(arch, name=label)
 
 
 def _new_folder(options: Train, arch: Arch) -> Path:
