@@ -15,12 +15,15 @@ from typing import Any, Literal, get_args, get_type_hints
 from triscale.naming import unknown
 
 FORMAT = 1
-Interpolation = Literal["bicubic", "bilinear", "nearest"]
+Interpolation = Literal["bicubic", "bicubic-tf", "bilinear", "nearest"]
+Crop = Literal["before", "after", "none"]
 Optimizer = Literal["sgd", "adamw"]
 
 MAX_SIZE = 4096  # pixels: 200 MB an image as float32, for files that nobody vouches for
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+UNIT_MEAN = UNIT_STD = (127.5, 127.5, 127.5)  # to -1..1: AdvProp, EfficientNetV2, timm's "inception"
+LITE_MEAN, LITE_STD = (127.0, 127.0, 127.0), (128.0, 128.0, 128.0)  # Lite, EdgeTPU, CondConv
 
 
 class RecipeError(ValueError):
@@ -31,13 +34,20 @@ class RecipeError(ValueError):
 class Preprocess:
     """From a decoded image to the network's input, for evaluation.
 
-    A centre square of side int(size / (size + crop_padding) x shorter side) is cut out and resized to size x size, then
-    (x - mean) / std per channel on the 0..255 scale. crop_padding 32 is the official evaluation; 0 takes the whole
-    shorter side. channels: 3 (RGB) or 1 (grey). Source: official preprocessing.py.
+    crop: where the centre square is cut out.
+      before  the resize: a square of side int(size / (size + crop_padding) x shorter side), resized to size x size; the
+              official code's and OpenMMLab's
+      after   the resize of the shorter side to size + crop_padding; timm's and torchvision's
+      none    nowhere: the whole image is resized to size x size, whatever its shape
+    crop_padding: 32 is the official evaluation; 0 takes the whole shorter side.
+    interpolation: bicubic, bilinear and nearest are Pillow's, antialiased but for nearest; bicubic-tf is TensorFlow 1's,
+    which the official code evaluates with: not antialiased, no half-pixel centres.
+    Then (x - mean) / std per channel on the 0..255 scale. channels: 3 (RGB) or 1 (grey). Source: official preprocessing.py.
     """
 
     size: int
     crop_padding: int = 32
+    crop: Crop = "before"
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -52,8 +62,9 @@ class Preprocess:
             raise RecipeError(f"Preprocess.size: expected a whole number from 1 to {MAX_SIZE}, found {self.size!r}")
         if type(self.crop_padding) is not int or self.crop_padding < 0:
             raise RecipeError(f"Preprocess.crop_padding: expected a whole number from 0, found {self.crop_padding!r}")
-        if self.interpolation not in get_args(Interpolation):
-            raise RecipeError(f"Preprocess.interpolation: {unknown('interpolation', self.interpolation, get_args(Interpolation))}")
+        for name, known in (("crop", get_args(Crop)), ("interpolation", get_args(Interpolation))):
+            if getattr(self, name) not in known:
+                raise RecipeError(f"Preprocess.{name}: {unknown(name, getattr(self, name), known)}")
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std) or not all(math.isfinite(v) for v in self.mean + self.std):
             raise RecipeError(f"Preprocess: expected 1 or 3 finite means and as many stds, found {self.mean!r} and {self.std!r}")
         if min(self.std) <= 0:
