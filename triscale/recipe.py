@@ -16,7 +16,7 @@ from triscale.naming import unknown
 
 FORMAT = 1
 Interpolation = Literal["bicubic", "bicubic-tf", "bilinear", "nearest"]
-Crop = Literal["before", "after", "none"]
+Crop = Literal["before", "after", "squash"]
 Optimizer = Literal["sgd", "adamw"]
 
 MAX_SIZE = 4096  # pixels: 200 MB an image as float32, for files that nobody vouches for
@@ -38,7 +38,7 @@ class Preprocess:
       before  the resize: a square of side int(size / (size + crop_padding) x shorter side), resized to size x size; the
               official code's and OpenMMLab's
       after   the resize of the shorter side to size + crop_padding; timm's and torchvision's
-      none    nowhere: the whole image is resized to size x size, whatever its shape
+      squash  the resize of the whole image, whatever its shape, to a square of side size + crop_padding
     crop_padding: 32 is the official evaluation; 0 takes the whole shorter side.
     interpolation: bicubic, bilinear and nearest are Pillow's, antialiased but for nearest; bicubic-tf is TensorFlow 1's,
     which the official code evaluates with: not antialiased, no half-pixel centres.
