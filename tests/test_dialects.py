@@ -8,7 +8,14 @@ import torch
 from networks import meta_build
 
 import triscale as ts
-from triscale.weights.dialects import TIMM, TRISCALE, names, timm_names, translate
+from triscale.weights.dialects import dialect_of, names
+from triscale.weights.load import translate
+from triscale.weights.tables import TIMM, TRISCALE
+
+
+def timm_names(arch):
+    return names(arch, dialect_of("timm", arch))
+
 
 PAIRS = {
     "tf_efficientnet_b1": "efficientnet_b1",

@@ -23,6 +23,7 @@ LAYERS = (
         "cost_model",
         "families",
         "files",
+        "imagenet",
         "memory_model",
         "naming",
         "paper",

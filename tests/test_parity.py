@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import triscale as ts
-from triscale.weights.dialects import timm_names, translate
+from triscale.weights.dialects import dialect_of, names
+from triscale.weights.load import translate
 
 TORCH_DIALECT = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1, "running_variance": "unbiased"}
 ARCHS = {
@@ -178,11 +179,11 @@ def test_gradients(name, unseen):
     for net in (theirs, ours):
         F.cross_entropy(net(x), y).backward()
     reference = {key: p.grad for key, p in theirs.named_parameters()}
-    names, own, skipped = timm_names(arch), dict(ours.named_parameters()), betas_without_gradient(arch)
+    named, own, skipped = names(arch, dialect_of("timm", arch)), dict(ours.named_parameters()), betas_without_gradient(arch)
     assert len(skipped) == unseen
     largest = max(grad.abs().max() for grad in reference.values())
     for key, p in own.items():
-        want = reference[names[key]]
+        want = reference[named[key]]
         if key in skipped:
             assert max(p.grad.abs().max(), want.abs().max()) < 1e-12 * largest, key
         else:

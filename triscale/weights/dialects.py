@@ -1,158 +1,136 @@
 """Tensor names of other code bases, as tables; the same map serves reading and writing.
 
 A Dialect gives, for each part of our modules, the path of its two layers there: convolution and norm, or the reduction
-and expansion of squeeze-excitation. Everything else, which parts a network has and their shapes, comes from the module
-that its Arch builds, so a table lists names and nothing more.
+and expansion of squeeze-excitation. Which parts a network has, and their shapes, comes from its Arch (`parts.tensors`), so
+a table lists names and nothing more. Sources: the modules of timm, torchvision, efficientnet_pytorch, Keras (held to them
+in the tests); official efficientnet_model.py and effnetv2_model.py; mmpretrain's and mmdetection's backbones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 from triscale.architecture import Arch, Block
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-SHOWN = 10  # names an error lists before it counts the rest
-DROPPED = "num_batches_tracked"  # torch's batch counter, which nothing reads
-
-Names = Mapping[str, tuple[str, str]]  # our part -> (convolution, norm) or (reduction, expansion)
+from triscale.naming import unknown
+from triscale.weights.parts import Shape, tensors
 
 
 class WeightsError(ValueError):
     """Tensors that are not those of the network. The message lists names, shapes and counts."""
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """One code base's names.
+Pair = tuple[str, str]
+Names = Mapping[str, Pair]  # our part -> (convolution, norm) or (reduction, expansion)
+Layout = Literal["torch", "tensorflow"]
 
+
+@dataclass(frozen=True, eq=False)  # each is one object: hashed by identity
+class Dialect:
+    """One code base's names for one family of modules.
+
+    project: the code base, what `convert --to` takes. mark: a pattern that one of its tensors' names matches and no other
+        dialect's do.
     trunk: stem, head and classifier (a layer of its own: the second name is unused).
-    block: the prefix of a block's layers, a template of stage, layer (in the stage) and index (in the network), each from
-        0; stage1, layer1 and index1 count from 1.
+    block: the prefix of a block's layers. Both are templates of `_places`.
     blocks: `variety(block)` -> names of its parts, relative to the prefix. A part that is not listed has no name there.
     leaves: "norm.running_var" -> name, where a tensor's own name differs from torch's; roles are conv, depthwise, norm,
         squeeze (its two layers) and classifier. The value takes its separator along: "/moving_variance".
+    layout: of convolutions (out, in, h, w) and dense layers (out, in), or TensorFlow's (h, w, in, out), (h, w, channel, 1)
+        for depthwise ones, and (in, out).
+    others: prefixes of what belongs to other parts of its models: a detector's neck and heads, a preprocessing layer.
+    first: (stage, layer) -> prefix, where a block's prefix doesn't follow the template.
+    numerics: (pattern of arch names, what its modules compute with) in order; the first that matches counts.
     """
 
     name: str
+    project: str
+    mark: str
     trunk: Names
     block: str
     blocks: Mapping[str, Names]
     leaves: Mapping[str, str] = field(default_factory=dict)
+    layout: Layout = "torch"
+    others: tuple[str, ...] = ()
+    first: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    numerics: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
-    def path(self, key: str, blocks: Mapping[tuple[int, int], Block]) -> str:
-        """The name of our tensor `key` here. `blocks`: (stage, layer) -> Block."""
-        *module, leaf = key.split(".")
-        prefix, names, where = "", self.trunk, "a network"
-        if module[0] == "body":
-            block = blocks[int(module[1]), int(module[2])]
-            prefix, names, where = self.block.format(**_place(block)), self.blocks.get(variety(block), {}), f"a block '{variety(block)}'"
-            module = module[3:]
-        part, layer = module[0], module[-1]
-        if part not in names:
-            raise WeightsError(f"the {self.name} names have none for '{part}' in {where} (our tensor {key})")
-        role = {"se": "squeeze", "classifier": "classifier"}.get(part, "norm" if layer == "norm" else "conv")
-        if role == "conv" and part == "depthwise":
-            role = "depthwise"
-        second = layer in ("norm", "expand")
-        return prefix + names[part][second] + self.leaves.get(f"{role}.{leaf}", f".{leaf}")
+    def names(self, arch: Arch, ours: Iterable[str]) -> dict[str, str]:
+        """Our tensor names -> this dialect's. Raises WeightsError where it has none for a part of the network."""
+        places, blocks = _places(arch), {(b.stage_index, b.layer): b for b in arch.blocks()}
+        trunk = {part: tuple(name.format(**places[None]) for name in pair) for part, pair in self.trunk.items()}
+        prefixes = {where: self.first.get(where, self.block).format(**places[where]) for where in blocks}
+        out = {}
+        for key in ours:
+            *module, leaf = key.split(".")
+            prefix, names, what = "", trunk, "a network"
+            if module[0] == "body":
+                where = int(module[1]), int(module[2])
+                kind = variety(blocks[where])
+                prefix, names, what = prefixes[where], dict(self.blocks.get(kind, {})), f"a block '{kind}'"
+                module = module[3:]
+            part, layer = module[0], module[-1]
+            if part not in names:
+                raise WeightsError(f"the {self.name} names have none for '{part}' in {what} (our tensor {key})")
+            out[key] = prefix + names[part][layer in ("norm", "expand") and len(module) > 1] + self.leaves.get(f"{role(key)}.{leaf}", f".{leaf}")
+        return out
+
+    def shape(self, key: str, shape: Shape) -> Shape:
+        """The shape there of our tensor `key` of `shape`."""
+        return tuple(shape[i] for i in self.axes(key, len(shape)))
+
+    def axes(self, key: str, dimensions: int) -> tuple[int, ...]:
+        """The permutation of our tensor's axes that gives theirs."""
+        if self.layout == "torch" or dimensions == 1:
+            return tuple(range(dimensions))
+        if dimensions == 2:
+            return 1, 0
+        return (2, 3, 0, 1) if role(key) == "depthwise" else (2, 3, 1, 0)
+
+    def computes(self, arch: Arch) -> Arch:
+        """`arch` in the numerics that this code base's modules compute with."""
+        found = next((changes for pattern, changes in self.numerics if re.fullmatch(pattern, arch.name)), {})
+        return arch.with_numerics(**found) if found else arch
+
+
+def role(key: str) -> str:
+    """What kind of layer holds our tensor `key`: conv, depthwise, norm, squeeze or classifier."""
+    *module, _ = key.split(".")
+    if "se" in module:
+        return "squeeze"
+    if module[-1] in ("norm", "classifier"):
+        return module[-1]
+    return "depthwise" if module[-2] == "depthwise" else "conv"
 
 
 def variety(block: Block) -> str:
-    """The key of a block in `Dialect.blocks`: its kind, with `mbconv1` for no expansion and `conv` for the fused block of expand 1."""
-    kind = block.stage.block
-    if block.stage.expand == 1 and kind in ("mbconv", "fused_mbconv"):
-        return {"mbconv": "mbconv1", "fused_mbconv": "conv"}[kind]
-    return kind
+    """The key of a block in `Dialect.blocks`: its kind, `conv` for the fused block of expand 1, and for the inverted bottleneck
+    `mbconv1` without expansion, `plain_...` without squeeze-excitation."""
+    kind, expand = block.stage.block, block.stage.expand
+    if kind == "mbconv":
+        return ("" if block.squeezed else "plain_") + ("mbconv1" if expand == 1 else "mbconv")
+    return "conv" if kind == "fused_mbconv" and expand == 1 else kind
 
 
-def _place(block: Block) -> dict[str, int]:
-    zero = {"stage": block.stage_index, "layer": block.layer, "index": block.index}
-    return zero | {f"{key}1": value + 1 for key, value in zero.items()}
+def _places(arch: Arch) -> dict[tuple[int, int] | None, dict[str, Any]]:
+    """What the templates of names count by, for each (stage, layer), and for the network (None).
 
-
-_OURS = ("conv", "depthwise", "pointwise", "expand", "project", "conv1", "conv2", "conv3", "shortcut")
-_OUR_PARTS: Names = {part: (f"{part}.conv", f"{part}.norm") for part in _OURS} | {"se": ("se.reduce", "se.expand")}
-_KINDS = ("conv", "separable", "mbconv", "mbconv1", "fused_mbconv", "basic", "bottleneck")
-
-TRISCALE = Dialect(
-    "triscale",
-    {"stem": ("stem.conv", "stem.norm"), "head": ("head.conv", "head.norm"), "classifier": ("classifier", "")},
-    "body.{stage}.{layer}.",
-    dict.fromkeys(_KINDS, _OUR_PARTS),
-)
-
-_TIMM_SE = ("se.conv_reduce", "se.conv_expand")
-
-# timm's EfficientNet builder: EfficientNet, V2, Lite, MobileNetV1 and V2, MnasNet.
-TIMM = Dialect(
-    "timm",
-    {"stem": ("conv_stem", "bn1"), "head": ("conv_head", "bn2"), "classifier": ("classifier", "")},
-    "blocks.{stage}.{layer}.",
-    {
-        "conv": {"conv": ("conv", "bn1")},
-        "separable": {"depthwise": ("conv_dw", "bn1"), "pointwise": ("conv_pw", "bn2")},
-        "mbconv1": {"depthwise": ("conv_dw", "bn1"), "se": _TIMM_SE, "project": ("conv_pw", "bn2")},
-        "mbconv": {"expand": ("conv_pw", "bn1"), "depthwise": ("conv_dw", "bn2"), "se": _TIMM_SE, "project": ("conv_pwl", "bn3")},
-        "fused_mbconv": {"expand": ("conv_exp", "bn1"), "se": _TIMM_SE, "project": ("conv_pwl", "bn2")},
-    },
-)
-
-_RES_PARTS: Names = {f"conv{i}": (f"conv{i}", f"bn{i}") for i in (1, 2, 3)} | {"shortcut": ("downsample.0", "downsample.1")}
-
-# timm's and torchvision's ResNet.
-RESNET = Dialect(
-    "ResNet",
-    {"stem": ("conv1", "bn1"), "classifier": ("fc", "")},
-    "layer{stage1}.{layer}.",
-    {"basic": _RES_PARTS, "bottleneck": _RES_PARTS},
-)
-
-_TF_SE, _TF_NORM = ("se/conv2d", "se/conv2d_1"), "tpu_batch_normalization"
-
-# The official TensorFlow code's, without the network's own prefix; tf.layers numbers the layers of a scope as they are made.
-OFFICIAL = Dialect(
-    "official TensorFlow",
-    {"stem": ("stem/conv2d", f"stem/{_TF_NORM}"), "head": ("head/conv2d", f"head/{_TF_NORM}"), "classifier": ("head/dense", "")},
-    "blocks_{index}/",
-    {
-        "mbconv1": {"depthwise": ("depthwise_conv2d", _TF_NORM), "se": _TF_SE, "project": ("conv2d", f"{_TF_NORM}_1")},
-        "mbconv": {
-            "expand": ("conv2d", _TF_NORM),
-            "depthwise": ("depthwise_conv2d", f"{_TF_NORM}_1"),
-            "se": _TF_SE,
-            "project": ("conv2d_1", f"{_TF_NORM}_2"),
-        },
-    },
-    {
-        "conv.weight": "/kernel",
-        "depthwise.weight": "/depthwise_kernel",
-        "squeeze.weight": "/kernel",
-        "squeeze.bias": "/bias",
-        "classifier.weight": "/kernel",
-        "classifier.bias": "/bias",
-        "norm.weight": "/gamma",
-        "norm.bias": "/beta",
-        "norm.running_mean": "/moving_mean",
-        "norm.running_var": "/moving_variance",
-    },
-)
-
-DIALECTS = (TRISCALE, TIMM, RESNET, OFFICIAL)
-
-
-def shapes(arch: Arch, num_classes: int = 1000, in_channels: int = 3) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of `build(arch, num_classes, in_channels)`, none of which is allocated."""
-    import torch  # the tables above are read without it
-
-    from triscale.model import build
-
-    with torch.device("meta"):
-        return {key: tuple(t.shape) for key, t in build(arch, num_classes, in_channels).state_dict().items()}
+    stage, layer (in the stage), letter (a, b, ... for the layer), index (in the network), group (stages up to the next of
+    stride 2, OpenMMLab's layers) and place (in the group), each from 0; with a 1 behind it, from 1. For the network: how
+    many there are.
+    """
+    out: dict[tuple[int, int] | None, dict[str, Any]] = {}
+    group = place = -1
+    for block in arch.blocks():
+        new = block.layer == 0 and (block.stage_index == 0 or block.stage.stride > 1)
+        group, place = (group + 1, 0) if new else (group, place + 1)
+        zero = {"stage": block.stage_index, "layer": block.layer, "index": block.index, "group": group, "place": place}
+        out[block.stage_index, block.layer] = zero | {f"{k}1": v + 1 for k, v in zero.items()} | {"letter": chr(ord("a") + block.layer)}
+    zero = {"stage": len(arch.stages), "index": len(out), "group": group + 1}
+    out[None] = zero | {f"{k}1": v + 1 for k, v in zero.items()}
+    return out
 
 
 def names(arch: Arch, dialect: Dialect, ours: Iterable[str] | None = None) -> dict[str, str]:
@@ -160,46 +138,21 @@ def names(arch: Arch, dialect: Dialect, ours: Iterable[str] | None = None) -> di
 
     Raises WeightsError where the dialect has no name for a part of the network.
     """
-    blocks = {(b.stage_index, b.layer): b for b in arch.blocks()}
-    return {key: dialect.path(key, blocks) for key in (shapes(arch) if ours is None else ours)}
+    return dialect.names(arch, tensors(arch) if ours is None else ours)
 
 
-def timm_names(arch: Arch) -> dict[str, str]:
-    """Our tensor names -> timm's, for the EfficientNet and MobileNet families and for the ResNets."""
-    return names(arch, RESNET if arch.stages[0].block in RESNET.blocks else TIMM)
+def dialect_of(project: str, arch: Arch) -> Dialect:
+    """The code base's dialect for this network. Raises ValueError for an unknown code base or a network that it has no names for."""
+    from triscale.weights.tables import DIALECTS
 
-
-def recognise(keys: Collection[str]) -> Dialect:
-    """The dialect that the names are in, by the stem convolution's. Raises WeightsError where it is none of them."""
-    for dialect in DIALECTS:
-        if dialect.trunk["stem"][0] + dialect.leaves.get("conv.weight", ".weight") in keys:
+    known = dict.fromkeys(d.project for d in DIALECTS)
+    if project not in known:
+        raise unknown("code base", project, known)
+    refused = ""
+    for dialect in (d for d in DIALECTS if d.project == project):
+        try:
+            dialect.names(arch, tensors(arch))
             return dialect
-    raise WeightsError(f"tensor names of no known dialect ({', '.join(d.name for d in DIALECTS)}): {_list(list(keys))}")
-
-
-def translate(state: Mapping[str, Tensor], arch: Arch, num_classes: int = 1000, in_channels: int = 3) -> dict[str, Tensor]:
-    """`state`, in any known dialect, under our names: what `load_state_dict` of the built network takes.
-
-    Every tensor of the network is found once, every shape agrees and nothing is left over, batch counters apart; else
-    WeightsError (a ValueError) lists what is missing, left over or of another shape.
-    """
-    expected = shapes(arch, num_classes, in_channels)
-    theirs = names(arch, recognise(state), expected)
-    missing = [name for name in theirs.values() if name not in state]
-    known = set(theirs.values())
-    left = [name for name in state if name not in known and not name.endswith(DROPPED)]
-    wrong = [
-        f"{name} {tuple(state[name].shape)} instead of {expected[key]}"
-        for key, name in theirs.items()
-        if name in state and tuple(state[name].shape) != expected[key]
-    ]
-    if missing or left or wrong:
-        kinds = {"missing": missing, "left over": left, "of another shape": wrong}
-        found = "; ".join(f"{len(items)} {kind}: {_list(items)}" for kind, items in kinds.items() if items)
-        raise WeightsError(f"weights don't fit {arch.name or 'the network'}: {found}")
-    return {key: state[name] for key, name in theirs.items()}
-
-
-def _list(items: list[str]) -> str:
-    more = f", ... and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more
+        except WeightsError as error:
+            refused = refused or str(error)
+    raise WeightsError(f"{arch.name or 'this network'} has no names in {project}: {refused}")

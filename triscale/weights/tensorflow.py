@@ -77,27 +77,43 @@ def read_index(prefix: Path) -> tuple[int, dict[str, Entry]]:
     return shards, entries
 
 
-def read(path: str | os.PathLike[str], *, raw: bool = False) -> dict[str, np.ndarray]:
-    """Variables by name, the network's own prefix ("efficientnet-b0/") taken off; optimiser slots and step left out.
+class Source(NamedTuple):
+    """One variable: the name it has in the file, where it lies, and in how many data files the checkpoint is."""
 
-    Where a variable has a moving average, the average is taken; raw: the variable itself. Layouts are TensorFlow's.
-    Arrays are copies. Raises CheckpointError.
+    name: str
+    entry: Entry
+    shards: int
+
+
+def variables(path: str | os.PathLike[str], *, raw: bool = False) -> tuple[Path, dict[str, Source]]:
+    """The checkpoint's prefix, and its variables by name; the network's own prefix ("efficientnet-b0/"), optimiser slots and
+    the step are left out.
+
+    Where a variable has a moving average, the average is meant; raw: the variable itself. Raises CheckpointError.
     """
     prefix = prefix_of(path)
     shards, entries = read_index(prefix)
     if not 1 <= shards <= 100_000:
         raise CheckpointError(f"{prefix}.index: expected 1 to 100000 data files, found {shards}")
-    names = [n for n in entries if n != "global_step" and not n.endswith((AVERAGE, *SLOTS))]
     out = {}
-    for name in names:
-        source = name + AVERAGE if not raw and name + AVERAGE in entries else name
-        out[name.split("/", 1)[-1]] = _tensor(prefix, shards, source, entries[source])
+    for name in entries:
+        if name != "global_step" and not name.endswith((AVERAGE, *SLOTS)):
+            source = name + AVERAGE if not raw and name + AVERAGE in entries else name
+            out[name.split("/", 1)[-1]] = Source(source, entries[source], shards)
     if not out:
         raise CheckpointError(f"{prefix}.index: no variables of a network in it")
-    return out
+    return prefix, out
 
 
-def _tensor(prefix: Path, shards: int, name: str, entry: Entry) -> np.ndarray:
+def read(path: str | os.PathLike[str], *, raw: bool = False) -> dict[str, np.ndarray]:
+    """Every variable of `variables`, in TensorFlow's layouts. Arrays are copies. Raises CheckpointError."""
+    prefix, sources = variables(path, raw=raw)
+    return {name: tensor(prefix, source) for name, source in sources.items()}
+
+
+def tensor(prefix: Path, source: Source) -> np.ndarray:
+    """One variable's values. Raises CheckpointError where the data file lacks them."""
+    name, entry, shards = source
     path = prefix.with_name(f"{prefix.name}.data-{entry.shard:05d}-of-{shards:05d}")
     count = int(np.prod(entry.shape, dtype=object)) if entry.shape else 1
     if entry.size != count * entry.dtype.itemsize:
