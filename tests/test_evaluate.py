@@ -219,6 +219,12 @@ def test_the_first_folder_without_a_class_is_named(folders, names, first):
         truth(folders(*names), ("cat", "dog", "cow", "hen"))
 
 
+def test_names_do_not_steer_the_terminal(folders):
+    with pytest.raises(DataError) as error:
+        truth(folders("\x1b[31m/a.png"), ("\x1b[32mcat",))
+    assert "\x1b" not in str(error.value)
+
+
 def test_a_list_of_folders(folders, tmp_path):
     data = folders("x/a.png", "y/a.png")
     table = tmp_path / "list.csv"

@@ -75,7 +75,7 @@ def eval(
 
     Args:
         data: a folder of class folders, or one with val, valid, validation or test inside.
-        weights: a model file, a checkpoint or a name.
+        weights: a model file of triscale, or a checkpoint of another code base.
         arch: the network of a checkpoint that doesn't tell it: a name or a .json file.
         raw: of a TensorFlow checkpoint, the variables themselves instead of their moving averages.
         labels: CSV with the columns wnid,index or file,label; DATA/labels.csv where it is there.

@@ -41,7 +41,7 @@ def findings(scores: Scores, truth: Truth, left_out: Sequence[int], seconds: flo
 def summary(results: dict[str, Any], scores: Scores, classes: Sequence[str], out: Path) -> str:
     """What the command prints: the measures, the most confused pairs, the worst classes, the rate."""
     r, names = results, [printable(name) for name in classes]
-    lines = [f"{r['images']} images of {r['data']} through {r['network']} at {r['preprocess']['size']} px; classes by {r['labels']}"]
+    lines = [printable(f"{r['images']} images of {r['data']} through {r['network']} at {r['preprocess']['size']} px; classes by {r['labels']}")]
     if scores.labelled:
         low, high = r["top1_interval"]
         rows = [
@@ -61,9 +61,8 @@ def summary(results: dict[str, Any], scores: Scores, classes: Sequence[str], out
     if worst:
         body = [(names[i], f"{100 * share:.1f} %", f"{right} of {total}") for share, i, right, total in worst[:SHOWN]]
         lines += ["", aligned(("worst classes", "top-1", "images"), body)]
-    rate = (
-        f"{r['images_per_second']:.1f} images/s ({r['seconds']:.1f} s of reading and network, {r['processes']} process{'es' * (r['processes'] > 1)})"
-    )
+    processes = f"{r['processes']} process{'es' * (r['processes'] > 1)}"
+    rate = f"{r['images_per_second']:.1f} images/s ({r['seconds']:.1f} s of reading and network, {processes})"
     return "\n".join([*lines, "", f"{rate}. Results: {out}"])
 
 

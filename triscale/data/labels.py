@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from triscale.data.datasets import EVALUATION_FOLDERS, NAMED, DataError
 from triscale.data.decode import IMAGE_SUFFIXES
 from triscale.imagenet import CLASSES, imagenet_classes
+from triscale.text import printable
 
 _VALIDATION = re.compile(r"_val_(\d{8})\.")  # ILSVRC2012_val_00000001.JPEG, the first
 _REMEDY = "give --labels FILE.csv with the columns wnid,index or file,label"
@@ -94,7 +95,9 @@ def real_labels(path: Path, names: Iterable[str], classes: int) -> list[tuple[in
     for name in names:
         match = _VALIDATION.search(name)
         if not match or not 1 <= int(match[1]) <= len(table):
-            raise DataError(f"{name}: expected a name like ILSVRC2012_val_00000001.JPEG, numbered from 1 to {len(table)}, to find its ReaL label")
+            raise DataError(
+                f"{printable(name)}: expected a name like ILSVRC2012_val_00000001.JPEG, numbered from 1 to {len(table)}, to find its ReaL label"
+            )
         out.append(tuple(table[int(match[1]) - 1]))
     return out
 
@@ -160,15 +163,16 @@ def _of_folders(
             return index, how
     nearest = max((index for index, _ in rules), key=lambda index: sum(folder in index for folder in folders))
     first = next(folder for folder in folders if folder not in nearest)
-    kinds = f"a class name of the model ({len(classes)} classes, first '{classes[0]}'), an ImageNet WordNet id, or a number below {len(classes)}"
-    raise DataError(f"{root / first}: expected {kinds}, as all folders beside it; {_REMEDY}")
+    model = f"{len(classes)} classes, first '{printable(classes[0])}'"
+    kinds = f"a class name of the model ({model}), an ImageNet WordNet id, or a number below {len(classes)}"
+    raise DataError(f"{printable(str(root / first))}: expected {kinds}, as all folders beside it; {_REMEDY}")
 
 
 def _by_table(root: Path, folders: list[str], classes: int, path: Path, table: list[dict[str, str]]) -> dict[str, int]:
     index = {row["wnid"]: _index(path, row["wnid"], row["index"], classes) for row in table if row["wnid"] in set(folders)}
     for folder in folders:
         if folder not in index:
-            raise DataError(f"{root / folder}: not in {path}; every folder of images needs its line there")
+            raise DataError(f"{printable(str(root / folder))}: not in {path}; every folder of images needs its line there")
     return index
 
 
@@ -180,7 +184,7 @@ def _by_file(base: Path, path: Path, table: list[dict[str, str]], classes: Seque
             raise DataError(f"{path}: expected paths inside {base}, found {row['file']!r}")
         label = names[row["label"]] if row["label"] in names else _index(path, row["file"], row["label"], len(classes))
         if out.setdefault(str(name), label) != label:
-            raise DataError(f"{path}: two labels for {name}")
+            raise DataError(f"{path}: two labels for {printable(str(name))}")
     order = sorted(out)
     folders = {(base / name).parent for name in order}
     there = {(folder / name).relative_to(base).as_posix() for folder in folders if folder.is_dir() for name in _images(folder)}
@@ -189,7 +193,7 @@ def _by_file(base: Path, path: Path, table: list[dict[str, str]], classes: Seque
 
 def _index(path: Path, name: str, text: str, classes: int) -> int:
     if not _is_index(text, classes):
-        raise DataError(f"{path}: {name}: expected a class of the model, 0 to {classes - 1}, found {text!r}")
+        raise DataError(f"{path}: {printable(name)}: expected a class of the model, 0 to {classes - 1}, found {text!r}")
     return int(text)
 
 
