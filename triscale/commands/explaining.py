@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -82,22 +82,15 @@ def explain(
     if not paths:
         raise ValueError(f"no image files in {', '.join(files)}")
     networks = _networks([weights, *filter(None, map(str.strip, compare.split(",")))], method, size, raw)
-    if class_name is not None:
-        for network in networks:
-            network.index(class_name)
-    headings = [Heading(n.name, n.note) for n in networks]
+    for network in networks:
+        if class_name is not None:
+            network.index(class_name)  # refuses an unknown one, before any file is read
+    headings, names = [Heading(n.name, n.note) for n in networks], _Names(out, paths)
     rows: list[tuple[str, ...]] = []
-    entries, names = [], _Names(out, paths)
+    entries = []
     try:
-        for i, file in enumerate(paths):
-            _counter(f"{i + 1} of {len(paths)}" if len(paths) > 1 else "")
-            try:
-                found = _explain_file(file, networks, top, class_name)
-            except _UnexplainedError as error:
-                _counter("")
-                print(f"triscale explain: {printable(str(error))}", file=sys.stderr)
-                continue
-            name = names.free(file)
+        for found in _explain_files(paths, networks, top, class_name):
+            name = names.free(found.file)
             save_picture(out / name, found, headings)
             entries.append(sheet_entry(found, name))
             rows += _rows(found, networks)
@@ -139,6 +132,19 @@ def _apart(names: Sequence[str], sources: Sequence[str]) -> list[str]:
     candidates = ([p.stem for p in paths], [p.resolve().parent.name for p in paths], list(sources))
     more = next((c for c in candidates if len(set(c)) == len(c)), list(sources))
     return [f"{name} ({m})" if names.count(name) > 1 else name for name, m in zip(names, more, strict=True)]
+
+
+def _explain_files(files: Sequence[str], networks: Sequence[_Network], top: int, class_name: str | None) -> Iterator[Explained]:
+    """What is found in each file, in order; those that can't be explained are named on standard error and left out."""
+    for i, file in enumerate(files):
+        _counter(f"{i + 1} of {len(files)}" if len(files) > 1 else "")
+        try:
+            found = _explain_file(file, networks, top, class_name)
+        except _UnexplainedError as error:
+            _counter("")
+            print(f"triscale explain: {printable(str(error))}", file=sys.stderr)
+        else:
+            yield found
 
 
 def _explain_file(file: str, networks: Sequence[_Network], top: int, class_name: str | None) -> Explained:
