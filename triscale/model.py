@@ -90,6 +90,8 @@ class Classifier(nn.Linear):
     """Dense layer, initialised uniform in +-1/sqrt(classes), bias 0. Source: official dense_kernel_initializer."""
 
     def reset_parameters(self) -> None:
+        if self.weight.is_meta:  # as in blocks.Conv2d
+            return
         bound = self.out_features**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -135,8 +136,9 @@ def _preprocessing(layers: Sequence[Any], arrays: dict[str, np.ndarray]) -> dict
             std = np.sqrt(np.asarray(variance, np.float64)).reshape(-1)
             scale, offset = scale / std, (offset - np.asarray(mean, np.float64).reshape(-1)) / std
             found = True
-    if not layers and "normalization/variance" in arrays:
-        variance, mean = (np.asarray(arrays[f"normalization/{k}"], np.float64).reshape(-1) for k in ("variance", "mean"))
+    own = next((name.split("/")[0] for name in arrays if re.fullmatch(r"normalization(_\d+)?/variance", name)), "")
+    if not layers and own:
+        variance, mean = (np.asarray(arrays[f"{own}/{k}"], np.float64).reshape(-1) for k in ("variance", "mean"))
         published = np.allclose(variance, (0.229, 0.224, 0.225), atol=1e-3)
         scale, offset = 1 / (255 * (variance if published else np.sqrt(variance))), -mean / (variance if published else np.sqrt(variance))
         found = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 from triscale.architecture import Arch
 from triscale.imagenet import class_names
 from triscale.model import ConvNet, build
-from triscale.recipe import LITE_MEAN, LITE_STD, UNIT_MEAN, UNIT_STD, Preprocess
+from triscale.recipe import IMAGENET_MEAN, IMAGENET_STD, KERAS_MEAN, KERAS_STD, LITE_MEAN, LITE_STD, UNIT_MEAN, UNIT_STD, Preprocess
 from triscale.weights.dialects import WeightsError
 from triscale.weights.load import read_all
 from triscale.weights.match import Identity, identify, match, strict
@@ -85,14 +86,20 @@ def _numerics(found: Identity, stored: Stored, wanted: NumericsOf, given: bool) 
     return found.arch.with_numerics(**NUMERICS[kind]), f"{how} (timm's tf_ networks have the first, its own the second)"
 
 
+# What a code base feeds a network where it isn't ImageNet's mean and std: (project, pattern of names) -> (mean, std).
+_CUSTOMS = (
+    ("official", "efficientnet_lite.*", (LITE_MEAN, LITE_STD)),
+    ("official", "efficientnetv2_.*", (KERAS_MEAN, KERAS_STD)),
+    ("keras", "efficientnetv2_[sml]", (KERAS_MEAN, KERAS_STD)),
+    ("keras", "mobilenet_v2", (UNIT_MEAN, UNIT_STD)),
+    ("timm", "efficientnet_lite.*|efficientnetv2_[sml]|mobilenet_v1", (UNIT_MEAN, UNIT_STD)),
+)
+
+
 def _preprocess(found: Identity, stored: Stored) -> Preprocess:
     name, project, size = found.arch.name, found.dialect.project, found.arch.resolution
-    after = project in ("timm", "torchvision", "lukemelas")
-    mean, std = Preprocess(size).mean, Preprocess(size).std
+    mean, std = next((s for p, pattern, s in _CUSTOMS if p == project and re.fullmatch(pattern, name)), (IMAGENET_MEAN, IMAGENET_STD))
     if {"mean", "std"} <= stored.metadata.keys():
         mean, std = (tuple(json.loads(stored.metadata[key])) for key in ("mean", "std"))
-    elif name.startswith("efficientnet_lite"):
-        mean, std = (LITE_MEAN, LITE_STD) if project == "official" else (UNIT_MEAN, UNIT_STD)
-    elif name in ("efficientnetv2_s", "efficientnetv2_m", "efficientnetv2_l") and project != "torchvision":
-        mean, std = UNIT_MEAN, UNIT_STD
+    after = project in ("timm", "torchvision", "lukemelas")
     return Preprocess(size, 32, "after" if after else "before", "bicubic-tf" if project == "official" else "bicubic", mean, std)

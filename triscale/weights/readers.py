@@ -159,4 +159,4 @@ def _tensorflow(path: Path, raw: bool) -> Stored:
 
 def _keras(path: Path) -> Stored:
     arrays, about = read_keras(path)
-    return _mapping(str(path), {name: torch.from_numpy(value) for name, value in arrays.items()}, about)
+    return _mapping(str(path), {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}, about)

@@ -207,7 +207,7 @@ _KERAS_TRUNK: Names = {"stem": ("stem_conv", "stem_bn"), "head": ("top_conv", "t
 _KERAS_MB: Names = {"expand": ("expand_conv", "expand_bn"), "se": _KERAS_SE, "project": ("project_conv", "project_bn")}
 _KERAS_MB1: Names = {**_KERAS_MB, "depthwise": ("dwconv", "bn")}
 _KERAS_MOBILE: Names = {p: (p, f"{p}_BN") for p in ("expand", "depthwise", "project")}
-_PREPROCESSING = ("normalization/",)
+_PREPROCESSING = ("normalization",)  # a layer in front, which Keras numbers in a process that makes several: normalization_1
 
 KERAS = Dialect(
     "Keras",

@@ -1,0 +1,70 @@
+"""Weights in the names and layouts of another code base, in the file format that it loads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from triscale.architecture import Arch
+from triscale.files import write_whole
+from triscale.model import ConvNet
+from triscale.weights.dialects import Dialect, WeightsError, dialect_of
+from triscale.weights.load import write_state
+from triscale.weights.model_file import ModelCard, save_model
+
+# What `--to` takes -> the code base. Keras has no format of bare arrays: its names and layouts go into an .npz.
+TARGETS = {
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "lukemelas": "lukemelas",
+    "openmmlab": "openmmlab",
+    "keras-npz": "keras",
+    "triscale": "triscale",
+}
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+
+
+def write_as(path: str | os.PathLike[str], net: ConvNet, card: ModelCard, target: str) -> list[str]:
+    """Writes the network's weights as `target` loads them, whole or not at all; returns what the user should know.
+
+    The suffix decides the format: .safetensors, .pth/.pt/.bin (torch.save; OpenMMLab's under "state_dict") or .npz. To
+    triscale: a model file with its card. Raises WeightsError where the target has no names for the network, or for another
+    suffix; OSError where the file can't be written.
+    """
+    path = Path(path)
+    if target == "triscale":
+        if path.suffix != ".safetensors":
+            raise WeightsError(f"{path}: a triscale model is a .safetensors file")
+        save_model(path, net, card)
+        return []
+    dialect = dialect_of(TARGETS[target], net.arch)
+    expected = (".npz",) if target == "keras-npz" else SUFFIXES
+    if path.suffix not in expected:
+        raise WeightsError(f"{path}: expected a file {', '.join(expected)} for {target}, found '{path.suffix}'")
+    state = write_state(net, dialect)
+
+    def write(temporary: Path) -> None:
+        if path.suffix == ".safetensors":
+            save_file(state, temporary, metadata={"format": "pt"})
+        elif path.suffix == ".npz":
+            with open(temporary, "wb") as file:
+                np.savez(file, allow_pickle=False, **{name: value.numpy() for name, value in state.items()})
+        else:
+            torch.save({"state_dict": state} if target == "openmmlab" else state, temporary)
+
+    write_whole(path, write)
+    return differences(net.arch, dialect)
+
+
+def differences(arch: Arch, dialect: Dialect) -> list[str]:
+    """What the code base's own modules compute differently from `arch`: they would give other outputs from these weights."""
+    theirs, ours = dialect.computes(arch).numerics, arch.numerics
+    out = []
+    for name, words in (("padding", "padding"), ("norm_eps", "batch norm epsilon")):
+        if getattr(theirs, name) != getattr(ours, name):
+            out.append(f"{words} {getattr(ours, name)} here, {getattr(theirs, name)} in {dialect.project}'s modules")
+    return out
