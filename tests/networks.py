@@ -40,8 +40,9 @@ def randomise(net, x):
         norm.running_var.uniform_(0.5, 1.5).mul_(variance.clamp(min=0.1 * variance.mean().item()))
 
     hooks = [m.register_forward_pre_hook(settle) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    net.eval()
     with torch.no_grad():
-        net.eval()(x)
+        net(x)
     for hook in hooks:
         hook.remove()
 

@@ -1,16 +1,26 @@
 """Name maps: every tensor of every network has one name in timm's code, and translation is strict."""
 
+import gzip
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import meta_build
+from strategies import archs
 
 import triscale as ts
 from triscale.weights.dialects import dialect_of, names
 from triscale.weights.load import translate
-from triscale.weights.tables import TIMM, TRISCALE
+from triscale.weights.match import identify
+from triscale.weights.parts import tensors
+from triscale.weights.tables import DIALECTS, TIMM, TRISCALE
+
+OPENMMLAB = Path(__file__).parent / "data" / "openmmlab.json.gz"
 
 
 def timm_names(arch):
@@ -115,3 +125,82 @@ def test_other_classes_and_input_channels():
     assert translate(state, arch, 7, 1)["classifier.weight"].shape == (7, 1280)
     with pytest.raises(ValueError, match=r"3 of another shape: conv_stem\.weight \(32, 1, 3, 3\) instead of \(32, 3, 3, 3\)"):
         translate(state, arch)
+
+
+@pytest.fixture(scope="module")
+def openmmlab():
+    """Names and shapes of OpenMMLab's own modules, written by studies/openmmlab/peer.py."""
+    return {name: {k: tuple(s) for k, s in t.items()} for name, t in json.loads(gzip.decompress(OPENMMLAB.read_bytes())).items()}
+
+
+def test_openmmlabs_tensors_both_ways(openmmlab):
+    assert {f"efficientnet_b{i}" for i in range(5)} < openmmlab.keys()
+    for name, shapes in openmmlab.items():
+        assert identify(shapes).arch.name == name
+        arch = ts.arch(name)
+        dialect = dialect_of("openmmlab", arch)
+        ours = tensors(arch)
+        written = {theirs: dialect.shape(key, ours[key]) for key, theirs in dialect.names(arch, ours).items()}
+        assert written == shapes, name
+
+
+def detector(shapes):
+    """A RetinaNet of mmdetection on this backbone: no head convolution, a neck and heads (a few of their names)."""
+    backbone = {k: s for k, s in shapes.items() if not k.startswith(("backbone.layers.6.", "head."))}
+    others = {"neck.lateral_convs.0.conv.weight": (256, 48, 1, 1), "neck.fpn_convs.0.bn.weight": (256,)}
+    return backbone | others | {"bbox_head.cls_convs.0.0.bn.weight": (256,), "bbox_head.retina_cls.weight": (720, 256, 3, 3)}
+
+
+def test_a_detectors_backbone_is_a_trunk(openmmlab):
+    """retinanet_effb3_fpn_crop896_8x4_1x_coco: mmdetection leaves out the layer behind the outputs that it uses."""
+    state = {k: torch.rand(s) for k, s in detector(openmmlab["efficientnet_b3"]).items()}
+    assert identify({k: tuple(v.shape) for k, v in state.items()}).arch.name == "efficientnet_b3"
+    net = ts.build(ts.arch("efficientnet_b3"), 7)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"7 missing: backbone\.layers\.6\.conv\.weight.*4 left over: neck"):
+        ts.load_weights(net, state)
+    with pytest.warns(UserWarning, match=r"fresh, not from the checkpoint: the classifier of 7 classes, backbone\.layers\.6\.conv\.weight"):
+        ts.load_weights(net, state, transfer=True)
+    after = net.state_dict()
+    assert torch.equal(after["body.5.3.depthwise.conv.weight"], state["backbone.layers.5.3.depthwise_conv.conv.weight"])
+    assert torch.equal(after["body.6.1.project.norm.running_var"], state["backbone.layers.5.7.linear_conv.bn.running_var"])
+    for key, value in after.items():
+        assert torch.equal(value, before[key]) == key.startswith(("head.", "classifier.")), key
+
+
+@given(archs(), st.integers(0, 5), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_names_and_shapes_by_arithmetic_are_the_modules(arch, classes, channels):
+    built = {key: tuple(t.shape) for key, t in meta_build(arch, classes, channels).state_dict().items()}
+    assert list(tensors(arch, classes, channels).items()) == list(built.items())
+
+
+@pytest.mark.parametrize("name", ts.names())
+def test_every_named_network_is_recognised_in_every_dialect_that_has_it(name):
+    arch = ts.arch(name)
+    ours = tensors(arch, 21)
+    found = []
+    for project in dict.fromkeys(d.project for d in DIALECTS):
+        try:
+            dialect = dialect_of(project, arch)
+        except ValueError:
+            continue
+        shapes = {theirs: dialect.shape(key, ours[key]) for key, theirs in dialect.names(arch, ours).items()}
+        assert len(shapes) == len(ours)
+        identity = identify(shapes)
+        same = {"efficientnet_l2_475": "efficientnet_l2"}.get(name, name)  # two sizes of one network
+        assert (identity.arch.name, identity.num_classes, identity.in_channels) == (same, 21, 3), project
+        assert identity.dialect is dialect or {identity.dialect.name, dialect.name} == {"ResNet", "torchvision ResNet"}
+        found.append(project)
+    assert {"triscale", "timm"} <= set(found)
+    if name.startswith("efficientnet_b"):
+        assert found == ["triscale", "timm", "torchvision", "lukemelas", "openmmlab", "official", "keras"]
+
+
+def test_networks_of_no_name_need_their_architecture():
+    arch = ts.scale(ts.arch("efficientnet_b0"), width=1.7, depth=0.6)
+    theirs = timm_names(arch)
+    shapes = {theirs[k]: s for k, s in tensors(arch).items()}
+    with pytest.raises(ValueError, match=r"of no named network.*give its architecture"):
+        identify(shapes)
+    assert identify(shapes, arch).arch == arch

@@ -2,14 +2,20 @@
 
 import json
 import shutil
+import warnings
+import zipfile
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import triscale as ts
-from triscale.weights.dialects import WeightsError
+from triscale.recipe import IMAGENET_MEAN, IMAGENET_STD
+from triscale.weights.dialects import WeightsError, dialect_of, names
+from triscale.weights.keras import read_keras
+from triscale.weights.open import open_model
 from triscale.weights.readers import open_tensors
 from triscale.weights.tensorflow import CheckpointError, read
 
@@ -120,3 +126,96 @@ def test_bad_checkpoints_are_refused_and_run_nothing(shared, tmp_path, monkeypat
         ts.load_weights(ts.build(ts.arch("resnet18")), shared / "data/bad-images" / name)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+PARTIAL = "weights/efficientnet_b0_partial/efficientnet_b0.lukemelas.partial.safetensors"
+
+
+def test_the_partial_checkpoint_is_refused_and_serves_as_a_trunk(shared):
+    net = ts.build(ts.arch("efficientnet_b0"), 37)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    lacking = ("_blocks.15._project_conv.weight", "_conv_head.weight", "_fc.weight")
+    with pytest.raises(WeightsError, match=rf"3 missing: {', '.join(lacking)}$"):
+        ts.load_weights(ts.build(ts.arch("efficientnet_b0")), shared / PARTIAL)
+    with pytest.raises(WeightsError, match="3 missing"):
+        open_model(shared / PARTIAL)
+    with pytest.warns(UserWarning, match=rf"fresh, not from the checkpoint: the classifier of 37 classes, {lacking[0]}, {lacking[1]}$"):
+        ts.load_weights(net, shared / PARTIAL, transfer=True)
+    stored, after = read_whole(shared / PARTIAL), net.state_dict()
+    fresh = {"body.6.0.project.conv.weight", "head.conv.weight", "classifier.weight", "classifier.bias"}
+    assert all(torch.equal(after[k], before[k]) for k in fresh)
+    named = names(net.arch, dialect_of("lukemelas", net.arch), after)
+    assert all(torch.equal(after[k], stored[named[k]]) for k in after if k not in fresh)
+
+
+def test_another_number_of_classes_only_where_asked_for(shared):
+    path = shared / "weights/efficientnetv2_b0/tf_efficientnetv2_b0.timm.safetensors"
+    net = ts.build(ts.arch("efficientnetv2_b0"), 5)
+    with pytest.raises(WeightsError, match=r"2 of another shape: classifier\.weight \(1000, 1280\) instead of \(5, 1280\)"):
+        ts.load_weights(net, path)
+    with pytest.warns(UserWarning, match="fresh, not from the checkpoint: the classifier of 5 classes$"):
+        ts.load_weights(net, path, transfer=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing stays fresh, so nothing is said
+        ts.load_weights(ts.build(net.arch), path, transfer=True)
+    with pytest.raises(WeightsError, match="no trunk of resnet18"):
+        ts.load_weights(
+            ts.build(ts.arch("resnet18")),
+            {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)},
+            transfer=True,
+        )
+
+
+def test_moving_averages_are_preferred_in_every_training_scripts_file(tmp_path):
+    net = ts.build(ts.arch("resnet18"), 3)
+    state = {k: v.detach() for k, v in net.state_dict().items()}
+    average = {k: v + 1 for k, v in state.items()}
+    for key, value in (("state_dict_ema", average), ("model_ema", {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in average.items()}})):
+        torch.save({"state_dict": state, key: value}, tmp_path / "a.pth")
+        for raw, want in ((False, average), (True, state)):
+            got = ts.load_weights(ts.build(net.arch, 3), tmp_path / "a.pth", raw=raw).state_dict()
+            assert all(torch.equal(got[k], v) for k, v in want.items()), (key, raw)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".npz", ".keras", ".h5", ".safetensors"])
+def test_garbage_of_every_format_is_refused_in_one_line(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    for i, data in enumerate((b"", b"PK\x03\x04", rng.bytes(3000), b"\x89HDF\r\n\x1a\n" + rng.bytes(500), b'\x08\0\0\0\0\0\0\0{"a":1} ')):
+        path = tmp_path / f"{i}{suffix}"
+        path.write_bytes(data)
+        with pytest.raises(WeightsError, match=f"{i}{suffix}") as error:
+            open_model(path)
+        assert "\n" not in str(error.value)
+
+
+def test_files_that_unpack_to_far_more_than_weights_are_refused(tmp_path):
+    with h5py.File(tmp_path / "bomb.h5", "w") as file:
+        file.create_dataset("stem_conv/kernel", (1 << 15, 1 << 14), "f4", compression="gzip", fillvalue=0)
+    np.savez_compressed(tmp_path / "bomb.npz", zeros=np.zeros(1 << 26, np.uint8))
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 27))
+    for name in ("bomb.h5", "bomb.npz", "bomb.pth"):
+        if name == "bomb.npz":
+            np.savez_compressed(tmp_path / name, zeros=np.zeros(1 << 27, np.uint8))
+        with pytest.raises(WeightsError, match="unpacked"):
+            open_model(tmp_path / name)
+
+
+def test_links_out_of_a_keras_file_are_not_followed(tmp_path):
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["stem_conv/stem_conv/kernel:0"] = np.ones((3, 3, 3, 32), np.float32)
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["stem_conv"] = h5py.ExternalLink("secret.h5", "/stem_conv")
+    with pytest.raises(WeightsError, match="no layers with weights"):
+        open_model(tmp_path / "link.h5")
+
+
+def test_published_keras_weights_divide_twice_by_the_root_of_the_deviation(tmp_path):
+    """keras/src/applications/efficientnet.py adds Rescaling(1 / sqrt(std)) behind a Normalization whose variance is std."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["normalization_2/normalization_2/mean:0"] = np.float32([0.485, 0.456, 0.406])
+        file["normalization_2/normalization_2/variance:0"] = np.float32([0.229, 0.224, 0.225])
+        file["normalization_2/normalization_2/count:0"] = 0
+    _, about = read_keras(tmp_path / "a.h5")
+    for key, want in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        assert np.allclose(json.loads(about[key]), want, rtol=1e-6)

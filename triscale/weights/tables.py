@@ -119,7 +119,7 @@ OPENMMLAB = Dialect(
     r"backbone\.layers\.1\.0\.depthwise_conv\.conv\.weight",
     {**_MM_STEM, "head": ("backbone.layers.{group1}.conv", "backbone.layers.{group1}.bn")},
     "backbone.layers.{group1}.{place}.",
-    dict.fromkeys(("mbconv", "mbconv1", "plain_mbconv", "plain_mbconv1"), _MM_MB),
+    dict.fromkeys(("mbconv", "mbconv1"), _MM_MB),
     others=_MM_OTHERS,
     numerics=((".*", _SAME),),
 )
