@@ -1,11 +1,14 @@
 """The table of published checkpoints against the libraries that publish them, and networks made from it."""
 
 import importlib.util
+import io
 import math
 import re
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from local_server import Served, serving
@@ -14,7 +17,7 @@ from safetensors.torch import save
 import triscale as ts
 from triscale.naming import UnknownNameError
 from triscale.recipe import IMAGENET_MEAN, UNIT_MEAN, Preprocess
-from triscale.weights import create, tables, zoo
+from triscale.weights import create, tables
 from triscale.weights.create import create_model
 from triscale.weights.dialects import WeightsError
 from triscale.weights.load import WeightsWarning
@@ -200,14 +203,15 @@ def test_an_unknown_network():
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """make(entry, state): create_model finds that entry, whose file is the state on a server of this machine."""
+    """make(entry, content): create_model finds that entry, with its file (bytes, or a state dict) on a server of this machine."""
     monkeypatch.setenv("TRISCALE_HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving() as server:
 
-        def make(entry, state):
-            server.files["/model.safetensors"] = Served(save({k: v.contiguous() for k, v in state.items()}), cuts=[1_000_000])
-            monkeypatch.setattr(create, "find", lambda name, weights: replace(entry, where=server.url("/model.safetensors"), hash=""))
+        def make(entry, content, path="/model.safetensors"):
+            data = content if isinstance(content, bytes) else save({k: v.contiguous() for k, v in content.items()})
+            server.files[path] = Served(data, cuts=[1_000_000])
+            monkeypatch.setattr(create, "find", lambda name, weights: replace(entry, where=server.url(path), hash=""))
 
         yield make
 
@@ -253,6 +257,18 @@ def test_a_fetched_network_gives_timms_logits(served, theirs, name, weights):
     assert apart(other, expected) > 1e-4  # the comparison sees numerics
 
 
+def test_a_fetched_official_archive_gives_the_official_logits(served, shared):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=0) as tar:
+        tar.add(shared / "golden/b0_ckpt", "efficientnet-b0")
+    served(find("efficientnet_b0", "official/imagenet-aa"), buffer.getvalue(), "/ckptsaug/efficientnet-b0.tar.gz")
+    net = create_model("efficientnet_b0", "official/imagenet-aa")
+    golden = dict(np.load(shared / "golden/b0_eval.npz"))
+    with torch.no_grad():
+        assert apart(net(torch.from_numpy(golden["input"]).permute(0, 3, 1, 2)), torch.from_numpy(golden["logits_ema"])) <= 1e-5
+    assert net.preprocess.interpolation == "bicubic-tf"
+
+
 def test_another_number_of_classes_is_said_once_and_the_trunk_is_there(served):
     reference = random_timm("mobilenetv2_100")
     served(find("mobilenet_v2", "timm/ra_in1k"), reference.state_dict())
@@ -291,6 +307,6 @@ def test_a_file_in_place_of_a_tag(tmp_path, monkeypatch):
 def test_without_weights_the_network_is_fresh_and_in_training_mode():
     net = create_model("mobilenet_v2", num_classes=3, in_channels=1)
     assert net.training
-    assert (net.num_classes, net.in_channels, net.preprocess) == (3, 1, Preprocess(224))
-    assert create_model("mobilenet_v2").num_classes == 1000
-    assert zoo.find("mobilenet_v2", "imagenet").classes == 1000
+    assert (net.num_classes, net.in_channels, net.preprocess.channels) == (3, 1, 1)
+    net = create_model("mobilenet_v2")
+    assert (net.num_classes, net.preprocess) == (1000, Preprocess(224))

@@ -36,7 +36,8 @@ def create_model(
     """
     arch = families.arch(name)
     if weights is None:
-        return _ready(build(arch, 1000 if num_classes is None else num_classes, in_channels), Preprocess(arch.resolution), training=True)
+        preprocess = Preprocess(arch.resolution, mean=(127.5,), std=(127.5,)) if in_channels == 1 else Preprocess(arch.resolution)
+        return _ready(build(arch, 1000 if num_classes is None else num_classes, in_channels), preprocess, training=True)
     try:
         entry = find(name, os.fspath(weights))
     except UnknownNameError:
