@@ -78,7 +78,7 @@ def run(folder, tmp_path_factory):
 def test_help_lists_every_command_and_needs_no_torch(tmp_path):
     result = triscale("--help", cwd=tmp_path)
     assert result.returncode == 0
-    for command in ("models", "show", "scale", "demo", "train", "predict", "bench", "reproduce"):
+    for command in ("models", "show", "scale", "demo", "train", "predict", "eval", "explain", "convert", "bench", "reproduce"):
         assert f"  {command} " in result.stdout
     code = "import sys; from triscale.cli import main\ntry: main(['show', 'efficientnet_b0'])\nexcept SystemExit: print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path).stdout.endswith("False\n")

@@ -34,6 +34,10 @@ _HOME = {
     "ConvNet": "model",
     "build": "model",
     "load_weights": "weights.load",
+    "create_model": "weights.create",
+    "open_model": "weights.open",
+    "class_activation": "explain",
+    "grad_cam": "explain",
     "time_callable": "latency",
 }
 
@@ -55,12 +59,16 @@ __all__ = [
     "__version__",
     "arch",
     "build",
+    "class_activation",
     "compound",
     "cost",
+    "create_model",
     "fit_budget",
     "fit_input",
+    "grad_cam",
     "load_weights",
     "names",
+    "open_model",
     "scale",
     "time_callable",
 ]
@@ -69,12 +77,15 @@ if TYPE_CHECKING:
     from triscale.architecture import Arch, ArchError, Head, Numerics, Stage, Stem
     from triscale.budget import Fit, Workload, fit_budget
     from triscale.cost_model import Cost, cost
+    from triscale.explain import class_activation, grad_cam
     from triscale.families import arch, names
     from triscale.latency import time_callable
     from triscale.model import ConvNet, build
     from triscale.recipe import Preprocess, Recipe
     from triscale.scaling import Coefficients, Scaling, compound, fit_input, scale
+    from triscale.weights.create import create_model
     from triscale.weights.load import load_weights
+    from triscale.weights.open import open_model
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scale": ("commands.networks", "scale a network: by phi, to a budget, or by multipliers"),
     "demo": ("commands.training", "the paper's idea on real scans, in two minutes on two cores"),
     "train": ("commands.training", "train a network on a folder of class folders, digits or cifar10"),
-    "predict": ("commands.prediction", "classify image files with a model file"),
+    "predict": ("commands.prediction", "classify image files with any checkpoint of these networks"),
+    "eval": ("commands.evaluation", "exact top-1 and top-5 on a folder, accuracy by class, confusion matrix"),
+    "explain": ("commands.explaining", "where in pictures networks find their evidence, as overlays"),
+    "convert": ("commands.prediction", "weights from any code base's names and format to another's"),
     "bench": ("commands.measuring", "latency of networks by the paper's Table 4 protocol"),
     "reproduce": ("commands.measuring", "a table or figure of the paper, ours beside it"),
 }

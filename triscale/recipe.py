@@ -23,7 +23,7 @@ MAX_SIZE = 4096  # pixels: 200 MB an image as float32, for files that nobody vou
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 UNIT_MEAN = UNIT_STD = (127.5, 127.5, 127.5)  # to -1..1: AdvProp, timm's "inception"
-KERAS_MEAN, KERAS_STD = (128.0, 128.0, 128.0), (128.0, 128.0, 128.0)  # EfficientNetV2's authors', Keras' V2-S, M, L
+CENTRED_MEAN = CENTRED_STD = (128.0, 128.0, 128.0)  # EfficientNetV2-S, M, L as the official code and Keras have them
 LITE_MEAN, LITE_STD = (127.0, 127.0, 127.0), (128.0, 128.0, 128.0)  # Lite, EdgeTPU, CondConv
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json as json_module
-import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from triscale.commands.running import Speed, Weights, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,20 +24,6 @@ if TYPE_CHECKING:
     from triscale.weights.model_file import ModelCard
 
 TEST_IMAGES = 100_000  # of ImageNet's test set
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How the work is done; none of it changes what is counted."""
-
-    batch: int = 16
-    """Images at a time."""
-    workers: int | None = None
-    """Threads that read images and run the network; as many as torch has unless given."""
-    threads: int | None = None
-    """CPU threads in all; torch's own choice unless given."""
-    device: str = "cpu"
-    """cpu, cuda, or another device of torch."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +42,7 @@ def eval(
     data: str,
     /,
     *,
-    weights: str,
-    arch: str | None = None,
-    raw: bool = False,
+    network: Weights,
     labels: Path | None = None,
     real: Path | None = None,
     submission: Path | None = None,
@@ -75,9 +59,7 @@ def eval(
 
     Args:
         data: a folder of class folders, or one with val, valid, validation or test inside.
-        weights: a model file of triscale, or a checkpoint of another code base.
-        arch: the network of a checkpoint that doesn't tell it: a name or a .json file.
-        raw: of a TensorFlow checkpoint, the variables themselves instead of their moving averages.
+        network: which weights.
         labels: CSV with the columns wnid,index or file,label; DATA/labels.csv where it is there.
         real: ReaL's real.json, for the ReaL accuracy on ImageNet's validation images.
         submission: write this file for ImageNet's test server: five class numbers a line, images in the order of their names.
@@ -86,17 +68,15 @@ def eval(
         json: print the results as one JSON object.
         speed: how the work is done.
     """
-    if speed.batch < 1:
-        raise ValueError(f"--batch: expected 1 or more, found {speed.batch}")
+    speed.check()
     out = _new_folder(out, data)
     from triscale.commands.findings import findings, summary, write_findings, write_submission
-    from triscale.commands.networks import read_arch
     from triscale.data.labels import devkit_ids, evaluation_folder, real_labels, truth
     from triscale.evaluate import processes
-    from triscale.weights.open import open_model
 
     evaluation_folder(data)  # a missing folder is told before the weights are read
-    net, card = open_model(weights, arch=read_arch(arch) if arch else None, raw=raw)
+    weights = network.weights
+    net, card = network.open("eval", weights)
     if net.num_classes != len(card.classes):
         raise ValueError(f"{weights}: expected a classifier of {len(card.classes)} classes, found a network with {net.num_classes} outputs")
     images = truth(data, card.classes, labels)
@@ -134,11 +114,8 @@ def _setting(card: ModelCard, speed: Speed, world: int) -> dict[str, object]:
 def _shared_work(images: Truth, net: ConvNet, preprocess: Preprocess, speed: Speed, share: tuple[int, int]) -> _Work:
     """The work of all processes, in each of them."""
     from triscale.evaluate import gather
-    from triscale.latency import set_threads
 
-    set_threads(speed.threads)
-    device = _device(speed.device, share[1])
-    parts = gather(_work(images, _logits_of(net.to(device), device), preprocess, net.num_classes, speed, share))
+    parts = gather(_work(images, speed.prepare(net, share[1]), preprocess, net.num_classes, speed, share))
     scores = reduce(lambda a, b: a.merge(b), (part.scores for part in parts))
     failures = {number: reason for part in parts for number, reason in part.failures.items()}
     return _Work(scores, dict(sorted(failures.items())), max(part.seconds for part in parts))
@@ -163,7 +140,7 @@ def _work(images: Truth, logits_of: Callable[[Tensor], Tensor], preprocess: Prep
             waiting.clear()
 
     start = time.perf_counter()
-    with _progress(len(files), quiet=rank > 0) as tick:
+    with progress("evaluating", len(files), quiet=rank > 0) as tick:
         rows = logits_of_files(files, logits_of, preprocess, batch_size=speed.batch, workers=speed.workers)
         for number, (_, row) in zip(numbers, rows, strict=True):
             if isinstance(row, str):
@@ -201,26 +178,6 @@ def _tell_submission(path: Path, images: int, devkit: Path | None) -> None:
         print(f"triscale eval: {path} has {images} lines; the server expects {TEST_IMAGES}", file=sys.stderr)
 
 
-def _logits_of(net: ConvNet, device: str) -> Callable[[Tensor], Tensor]:
-    import torch
-
-    net = net.eval().to(memory_format=torch.channels_last)
-    return lambda x: net(x.to(device, memory_format=torch.channels_last)).float().cpu()
-
-
-def _device(device: str, world: int) -> str:
-    """`device`, of its kind the one of this process where there are several; ValueError where torch doesn't have it."""
-    import torch
-
-    if device == "cuda" and world > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def _new_folder(out: Path | None, data: str) -> Path:
     """The folder of the results, which doesn't exist yet or is empty: results never overwrite others, or anything else."""
     if out is None:
@@ -232,32 +189,3 @@ def _new_folder(out: Path | None, data: str) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists already and is no empty folder; give another")
     return out
-
-
-@contextmanager
-def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A bar with rate and time left on standard error where that is a terminal, else nothing."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    start, done = time.perf_counter(), 0
-    columns = (
-        TextColumn("evaluating"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total, rate="")
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - start):.0f} images/s")
-
-        yield tick

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from triscale.commands.running import Reading
 from triscale.text import aligned, printable
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from triscale.recipe import Preprocess
 
 Method = Literal["auto", "cam", "gradcam"]
+_READING = Reading()
 
 
 class _UnexplainedError(ValueError):
@@ -52,23 +54,21 @@ def explain(
     top: int = 1,
     class_name: str | None = None,
     method: Method = "auto",
-    size: int | None = None,
     threads: int | None = None,
-    raw: bool = False,
+    reading: Reading = _READING,
 ) -> int:
     """Draw where in each picture a network finds the evidence for its class: a PNG a picture, and one page with all of them.
 
     Args:
         files: image files, or folders of them.
-        weights: the network: a model file, or another library's checkpoint of a known network.
+        weights: the network: a file of any code base, or a published checkpoint as efficientnet_b0:imagenet-aa.
         compare: more networks, separated by commas; a column for each.
         out: a new or empty folder, or one that an earlier explain wrote.
         top: classes to explain, from each network's most probable.
         class_name: explain this class instead of the most probable.
         method: cam (needs global average pooling and a linear classifier), gradcam (any), auto (cam where it can be).
-        size: input size in pixels; each network's own unless given.
         threads: CPU threads; torch's own choice unless given.
-        raw: of a TensorFlow checkpoint, the variables themselves instead of their moving averages.
+        reading: what the files don't say.
     """
     if top < 1 or (top > 1 and class_name is not None):
         raise ValueError(f"--top: expected {'1 or more' if class_name is None else '1 with --class-name'}, found {top}")
@@ -81,7 +81,7 @@ def explain(
     paths = image_files(files)
     if not paths:
         raise ValueError(f"no image files in {', '.join(files)}")
-    networks = _networks([weights, *filter(None, map(str.strip, compare.split(",")))], method, size, raw)
+    networks = _networks([weights, *filter(None, map(str.strip, compare.split(",")))], method, reading)
     for network in networks:
         if class_name is not None:
             network.index(class_name)  # refuses an unknown one, before any file is read
@@ -106,19 +106,18 @@ def explain(
     return 0 if not failures else 1 if entries else 2
 
 
-def _networks(sources: Sequence[str], method: Method, size: int | None, raw: bool) -> list[_Network]:
+def _networks(sources: Sequence[str], method: Method, reading: Reading) -> list[_Network]:
     """Every network with its heading."""
     from triscale.cost_model import cost
     from triscale.explain import has_linear_head
     from triscale.quantities import short
-    from triscale.weights.open import open_model
 
     out = []
     for source in sources:
-        net, card = open_model(source, raw=raw)
+        net, card = reading.open("explain", source)
         if net.classifier is None:
             raise ValueError(f"{source}: has no classifier, so there is no class to explain")
-        preprocess = card.preprocess if size is None else replace(card.preprocess, size=size)
+        preprocess = card.preprocess
         used = ("cam" if has_linear_head(net) else "gradcam") if method == "auto" else method
         macs = cost(card.arch, len(card.classes), preprocess.channels, resolution=preprocess.size).macs
         note = f"{preprocess.size} px, {short(macs)} MACs, {'CAM' if used == 'cam' else 'Grad-CAM'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,9 @@ def write_as(path: str | os.PathLike[str], net: ConvNet, card: ModelCard, target
     if target == "triscale":
         if path.suffix != ".safetensors":
             raise WeightsError(f"{path}: a triscale model is a .safetensors file")
-        save_model(path, net, card)
+        # From now on the file says it itself; what was assumed on the way stays on record.
+        provenance = {"assumed_before" if key == "assumed" else key: value for key, value in card.provenance.items()}
+        save_model(path, net, replace(card, provenance=provenance))
         return []
     dialect = dialect_of(TARGETS[target], net.arch)
     expected = (".npz",) if target == "keras-npz" else SUFFIXES

@@ -7,7 +7,9 @@ import gzip
 import os
 import re
 import shutil
+import socket
 import tarfile
+import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -143,11 +145,28 @@ def _from_hub(entry: Entry, offline: bool) -> Path:
     except ImportError:
         raise FetchError(f"{entry.where}: lies on the Hugging Face hub; pip install 'triscale[weights]', or {by_hand}") from None
     folder = cache_folder() / "hub"
+    problem = ""
     for local in (True,) if offline else (True, False):  # what is there is looked for without a connection first
+        if not local and (problem := _no_way_to_the_hub()):  # else its client tries for 25 s
+            break
         try:
             return Path(hf_hub_download(entry.where, HUB_FILE, cache_dir=folder, local_files_only=local, token=False))
         except Exception as error:  # its own, and those of whichever library it makes connections with
             reason = error.__cause__ or error  # the client says "locate the file" of everything; below it lies what happened
             problem = (str(reason).splitlines() or [type(reason).__name__])[0][:200]
-    what = "not in the cache, and offline" if offline else f"the Hugging Face hub says: {problem}"
+    what = "not in the cache, and offline" if offline else f"the Hugging Face hub: {problem}"
     raise FetchError(f"{entry.where}: {what}; {by_hand}") from None
+
+
+def _no_way_to_the_hub() -> str:
+    """Why the hub's host can't be found, "" where it can, or where a proxy would."""
+    from huggingface_hub.constants import ENDPOINT
+
+    host = urlsplit(ENDPOINT).hostname or ""
+    if {"http", "https", "all"} & urllib.request.getproxies().keys() and not urllib.request.proxy_bypass(host):
+        return ""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return f"no connection to {host} ({error.strerror or error})"
+    return ""

@@ -17,7 +17,7 @@ from typing import Any
 from triscale import families
 from triscale.architecture import Arch
 from triscale.naming import UnknownNameError, unknown
-from triscale.recipe import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD, UNIT_MEAN, UNIT_STD, Preprocess
+from triscale.recipe import CENTRED_MEAN, CENTRED_STD, IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD, UNIT_MEAN, UNIT_STD, Preprocess
 
 # The order in which a short name is looked for. timm's come as .safetensors; the next three carry a hash in the file's name;
 # the official archives hold optimiser slots too and have no published hash; Keras's files need h5py.
@@ -27,7 +27,7 @@ NORMALISE = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "unit": (UNIT_MEAN, UNIT_STD),
     "lite": (LITE_MEAN, LITE_STD),
-    "centred": ((128.0, 128.0, 128.0), (128.0, 128.0, 128.0)),  # EfficientNetV2-S, -M, -L as the official code has them
+    "centred": (CENTRED_MEAN, CENTRED_STD),
 }
 
 
@@ -94,6 +94,26 @@ def find(name: str, weights: str) -> Entry:
     known = list(dict.fromkeys([e.tag for e in rows if e.tag] + [f"{e.source}/{e.own}" for e in rows]))
     nearest = str(unknown(f"weights for {name}", weights, known)).partition("; known are")[0]
     raise UnknownNameError(f"{nearest}; there are {', '.join(known)}")
+
+
+def published(arch_name: str, source: str, path: str = "") -> tuple[Entry | None, bool]:
+    """The row whose preprocessing and numerics a checkpoint of this network in this source's names most likely has, and whether
+    its file's name or folder says so.
+
+    timm's `tf_` networks compute otherwise than its own under the same tensor names: a path that says `tf_` means the former.
+    Among several the plainest training comes first. None where the source publishes nothing for the network.
+    """
+    rows = [entry for entry in _table() if (entry.arch, entry.source) == (arch_name, source)]
+    parts = path.replace("\\", "/").split("/")[-5:]
+    for entry in rows:
+        name = entry.where.split("/")[-1]
+        if any(name in (part, part.partition(".safetensors")[0]) or part.endswith(f"--{name}") for part in parts):
+            return entry, True
+    if source == "timm":
+        tf = any("tf_" in part for part in parts)
+        rows = [entry for entry in rows if ("/tf_" in entry.where) == tf] or rows
+    plain = [entry for tag in ("imagenet", "imagenet-aa") for entry in rows if entry.tag == tag]
+    return next(iter([*plain, *rows]), None), False
 
 
 @cache

@@ -1,0 +1,170 @@
+"""What the commands that run a network share: which weights, on what, with a progress bar."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from triscale.model import ConvNet
+    from triscale.weights.model_file import ModelCard
+
+Normalise = Literal["imagenet", "unit", "lite", "centred"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a weights file doesn't say of itself."""
+
+    arch: str | None = None
+    """The network of a checkpoint that doesn't tell it: a name or a .json file."""
+    raw: bool = False
+    """The weights themselves where the checkpoint has moving averages of them too."""
+    numerics: Literal["auto", "tensorflow", "torch"] = "auto"
+    """tensorflow: SAME padding, eps 1e-3; torch: symmetric padding, eps 1e-5; where timm's names leave it open."""
+    size: int | None = None
+    """Input side in pixels instead of the network's."""
+    normalise: Normalise | None = None
+    """imagenet; unit: to -1..1 (AdvProp); lite: (x - 127) / 128; centred: (x - 128) / 128; instead of the file's."""
+    offline: bool = False
+    """Of published checkpoints, only those in the cache."""
+
+    def open(self, command: str, source: str) -> tuple[ConvNet, ModelCard]:
+        """The network and its card; what had to be assumed is told on standard error. source: a file, or NETWORK:TAG."""
+        from triscale.commands.networks import read_arch
+        from triscale.weights.open import open_model
+
+        given = read_arch(self.arch) if self.arch else None
+        entry = _entry(source)
+        if entry:
+            net, card = open_model(_fetch(entry, self.offline), arch=entry.network(), raw=self.raw, preprocess=entry.preprocess)
+            card = replace(card, provenance={**card.provenance, "published": entry.name, "assumed": []})
+        else:
+            net, card = open_model(source, arch=given, raw=self.raw, numerics=self.numerics)
+        if assumed := card.provenance.get("assumed"):
+            print(f"triscale {command}: {os.path.basename(source)} doesn't say it, assumed: {'; '.join(assumed)}", file=sys.stderr)
+        return net, replace(card, preprocess=self._preprocess(card))
+
+    def _preprocess(self, card: ModelCard) -> Any:
+        from triscale.weights.zoo import NORMALISE
+
+        preprocess = card.preprocess
+        if self.size is not None:
+            preprocess = replace(preprocess, size=self.size)
+        if self.normalise is not None:
+            mean, std = NORMALISE[self.normalise]
+            preprocess = replace(preprocess, mean=mean, std=std)
+        return preprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Reading):
+    """Which network, and what its file doesn't say."""
+
+    weights: str
+    """A model file; a checkpoint of timm, torchvision, lukemelas, OpenMMLab, Keras or the official code; or a published one by
+    its network and training, efficientnet_b0:imagenet-aa."""
+
+
+def _entry(source: str) -> Any:
+    """The published checkpoint that `NETWORK:TAG` names; None for a path."""
+    from triscale.families import names
+    from triscale.weights.zoo import find
+
+    name, colon, tag = source.partition(":")
+    if not colon or os.path.exists(source) or name not in names():
+        return None
+    return find(name, tag)
+
+
+def _fetch(entry: Any, offline: bool) -> Any:
+    from triscale.weights.fetch import fetch
+
+    if not sys.stderr.isatty():
+        return fetch(entry, offline=offline)
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(f"fetching {entry.name}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        return fetch(entry, offline=offline, progress=lambda done, total: bar.update(task, completed=done, total=total))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How the work is done; none of it changes the results."""
+
+    batch: int = 16
+    """Images at a time."""
+    workers: int | None = None
+    """Threads that read images and run the network; as many as torch has unless given."""
+    threads: int | None = None
+    """CPU threads in all; torch's own choice unless given."""
+    device: str = "cpu"
+    """cpu, cuda, or another device of torch."""
+
+    def check(self) -> None:
+        """Raises ValueError for numbers below 1."""
+        if self.batch < 1 or (self.workers is not None and self.workers < 1):
+            raise ValueError(f"--batch and --workers: expected 1 or more, found {self.batch} and {self.workers}")
+
+    def prepare(self, net: ConvNet, world: int = 1) -> Callable[[Tensor], Tensor]:
+        """Sets the threads; the network on the device as a function of batches on the CPU. world: processes that share the work."""
+        import torch
+
+        from triscale.latency import set_threads
+
+        set_threads(self.threads)
+        device = available(self.device, world)
+        net = net.to(device).eval().to(memory_format=torch.channels_last)
+        return lambda x: net(x.to(device, memory_format=torch.channels_last)).float().cpu()
+
+
+def available(device: str, world: int = 1) -> str:
+    """`device`, of its kind the one of this process where there are several; ValueError where torch doesn't have it."""
+    import torch
+
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+@contextmanager
+def progress(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """A bar with rate and time left on standard error where that is a terminal, else nothing; call what it gives once an image."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    start, done = time.perf_counter(), 0
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total, rate="")
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - start):.0f} images/s")
+
+        yield tick
