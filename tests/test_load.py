@@ -219,3 +219,22 @@ def test_published_keras_weights_divide_twice_by_the_root_of_the_deviation(tmp_p
     _, about = read_keras(tmp_path / "a.h5")
     for key, want in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         assert np.allclose(json.loads(about[key]), want, rtol=1e-6)
+
+
+def test_large_networks_are_read_one_tensor_at_a_time(shared, tmp_path, monkeypatch):
+    path = shared / "weights/efficientnetv2_b0/tf_efficientnetv2_b0.timm.safetensors"
+    whole = ts.load_weights(ts.build(ts.arch("efficientnetv2_b0")), path).state_dict()
+    monkeypatch.setattr("triscale.weights.load.LARGE", 0)
+    for source in (path, shared / "golden/b0_ckpt"):
+        net = ts.build(ts.arch("efficientnetv2_b0" if source == path else "efficientnet_b0"))
+        state = ts.load_weights(net, source).state_dict()
+        if source == path:
+            assert all(torch.equal(value, whole[key]) for key, value in state.items())
+    for name in ("model.ckpt.index", "model.ckpt.data-00000-of-00001"):
+        shutil.copy(shared / "golden/b0_ckpt" / name, tmp_path / name)
+    data = tmp_path / "model.ckpt.data-00000-of-00001"
+    data.write_bytes(data.read_bytes()[:-1000])
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match="cut short"):
+        ts.load_weights(net, tmp_path, raw=True)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())

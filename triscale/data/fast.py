@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triscale.data.transform import GREY, check, plan, tf_taps
+from triscale.data.transform import GREY, check, plan, resized, tf_taps
 from triscale.recipe import Preprocess
-
-_MODES = {"bicubic": "bicubic", "bilinear": "bilinear", "nearest": "nearest-exact"}
 
 
 def evaluate_into(out: Tensor, image: np.ndarray, preprocess: Preprocess) -> None:
@@ -27,14 +25,15 @@ def evaluate_into(out: Tensor, image: np.ndarray, preprocess: Preprocess) -> Non
     check(image)
     (top, left, height, width), (high, wide), (row, column, tall, broad) = plan(image.shape, preprocess)
     cut = torch.from_numpy(image)[top : top + height, left : left + width]
-    if preprocess.interpolation == "bicubic-tf":
+    if preprocess.interpolation == "nearest":  # no arithmetic to speed up, and Pillow's choice among equally near is its own
+        values = torch.from_numpy(resized(image, preprocess))
+    elif preprocess.interpolation == "bicubic-tf":
         values = _resize_tf(cut, high, wide)[row : row + tall, column : column + broad]
     else:
-        mode = _MODES[preprocess.interpolation]
         pixels = cut.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
-        pixels = F.interpolate(pixels, (high, wide), mode=mode, antialias=mode != "nearest-exact")
+        pixels = F.interpolate(pixels, (high, wide), mode=preprocess.interpolation, antialias=True)
         values = pixels[0].permute(1, 2, 0)[row : row + tall, column : column + broad]
-    if preprocess.channels == 1:
+    if preprocess.channels == 1 and values.shape[2] == 3:
         values = (values.float() @ torch.tensor(GREY))[:, :, None]
         values = values if preprocess.interpolation == "bicubic-tf" else values.round()
     factor, offset = _affine(preprocess)

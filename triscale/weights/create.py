@@ -44,9 +44,11 @@ def create_model(
         if not Path(weights).exists():
             raise
         return _from_file(name, Path(weights), num_classes, in_channels)
+    path = fetch(entry, offline=offline)
+    if num_classes in (None, entry.classes) and in_channels == entry.preprocess.channels:
+        return _ready(open_model(path, arch=entry.network(), preprocess=entry.preprocess)[0], entry.preprocess)  # allocated once
     net = build(entry.network(), entry.classes if num_classes is None else num_classes, in_channels)
-    load_weights(net, fetch(entry, offline=offline), transfer=net.num_classes != entry.classes)
-    return _ready(net, entry.preprocess)
+    return _ready(load_weights(net, path, transfer=True), entry.preprocess)
 
 
 def _from_file(name: str, path: Path, num_classes: int | None, in_channels: int) -> ConvNet:

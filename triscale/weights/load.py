@@ -14,6 +14,8 @@ from triscale.weights.dialects import Dialect, WeightsError
 from triscale.weights.match import Match, for_transfer, match, strict
 from triscale.weights.readers import Stored, open_tensors
 
+LARGE = 256 << 20  # bytes; up to here all tensors are read before the first is changed
+
 
 class WeightsWarning(UserWarning):
     """Something that was asked for and should be known: what of a network stays fresh in transfer."""
@@ -30,7 +32,8 @@ def load_weights(net: ConvNet, source: str | os.PathLike[str] | Mapping[str, Ten
     shape and `net` is as it was. transfer: the classifier may be missing or of another number of classes, and up to a tenth
     of the other tensors may be missing, as may a detector's neck and heads be left over; a WeightsWarning says what keeps its
     fresh values. Nothing in a file is executed. Numerics (padding, eps) are the net's: build it with those that the weights
-    were trained with. Tensors are converted to the net's precision and device, one at a time.
+    were trained with. Tensors are converted to the net's precision and device. For a network above 256 MiB a .safetensors or
+    TensorFlow file is read twice, one tensor at a time, instead of being held in memory beside it.
     """
     stored = open_tensors(source, raw=raw)
     try:
@@ -41,10 +44,27 @@ def load_weights(net: ConvNet, source: str | os.PathLike[str] | Mapping[str, Ten
         found = strict(found)
     except WeightsError as error:
         raise WeightsError(f"{stored.label}: {error}") from None
-    net.load_state_dict(read_all(stored, found), strict=not said)  # what is missing is said
+    if stored.streams and _bytes(net) > LARGE:
+        _copy_each(net, stored, found)
+    else:
+        net.load_state_dict(read_all(stored, found), strict=not said)  # what is missing is said
     if said:
         warnings.warn(f"{stored.label}: {said}", WeightsWarning, stacklevel=2)
     return net
+
+
+def _bytes(net: ConvNet) -> int:
+    return sum(t.numel() * t.element_size() for t in net.state_dict().values())
+
+
+def _copy_each(net: ConvNet, stored: Stored, found: Match) -> None:
+    """One tensor at a time, so that a large network is not in memory twice: read through once first, for a file that breaks off."""
+    own = net.state_dict()
+    for copy in (False, True):
+        for key, name in found.theirs.items():
+            value = _ours(stored.take(name), key, name, found.dialect)
+            if copy:
+                own[key].copy_(value)
 
 
 def translate(state: Mapping[str, Tensor], arch: Arch, num_classes: int = 1000, in_channels: int = 3) -> dict[str, Tensor]:

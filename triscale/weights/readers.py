@@ -38,13 +38,14 @@ class Stored:
     """A checkpoint's tensors by their own names and in their own layouts. label: what messages call it.
 
     take: reads one, once; the result is the caller's own. metadata: what a safetensors file says of itself, or the mean and
-    std of a Keras file's preprocessing layers.
+    std of a Keras file's preprocessing layers. streams: tensors lie in the file until they are taken, and can be taken again.
     """
 
     label: str
     shapes: Mapping[str, Shape]
     take: Callable[[str], Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    streams: bool = False
 
 
 def open_tensors(source: str | os.PathLike[str] | Mapping[str, Tensor], *, raw: bool = False) -> Stored:
@@ -123,7 +124,7 @@ def _safetensors(path: Path) -> Stored:
                     read += got
         return out
 
-    return Stored(str(path), {name: entry[1] for name, entry in where.items()}, take, {str(k): str(v) for k, v in metadata.items()})
+    return Stored(str(path), {name: entry[1] for name, entry in where.items()}, take, {str(k): str(v) for k, v in metadata.items()}, True)
 
 
 def _pickled(path: Path, raw: bool) -> Stored:
@@ -146,7 +147,10 @@ def _npz(path: Path) -> Stored:
     with zipfile.ZipFile(path) as archive:
         check_sizes(path, [(i.filename, i.file_size) for i in archive.infolist()], path.stat().st_size)
     with np.load(path, allow_pickle=False) as file:
-        return _mapping(str(path), {name: torch.from_numpy(file[name]) for name in file.files})
+        arrays = {name: file[name] for name in file.files}
+    if not all(isinstance(value, np.ndarray) and value.dtype.kind in "fiu" for value in arrays.values()):
+        raise ValueError("members that are no arrays of numbers")
+    return _mapping(str(path), {name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
 def _tensorflow(path: Path, raw: bool) -> Stored:
@@ -154,7 +158,7 @@ def _tensorflow(path: Path, raw: bool) -> Stored:
     # Lite's code has plain batch norms; the names are those of the others but for this.
     renamed = {name.replace("/batch_normalization", "/tpu_batch_normalization"): name for name in sources}
     shapes = {name: sources[own].entry.shape for name, own in renamed.items()}
-    return Stored(str(path), shapes, lambda name: torch.from_numpy(tensorflow.tensor(prefix, sources[renamed[name]])))
+    return Stored(str(path), shapes, lambda name: torch.from_numpy(tensorflow.tensor(prefix, sources[renamed[name]])), streams=True)
 
 
 def _keras(path: Path) -> Stored:
