@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from triscale import quantities
@@ -34,14 +35,36 @@ def _measure(arch: Arch) -> float:
     return measure_arch(arch)
 
 
-def models() -> int:
-    """The named networks, counted for 1000 classes. MACs are multiply-adds for one image; memory is for batch 1 in float32."""
+def models(networks: list[str], /, weights: bool = False) -> int:
+    """The named networks, counted for 1000 classes. MACs are multiply-adds for one image; memory is for batch 1 in float32.
+
+    Args:
+        networks: only these; all unless given.
+        weights: the published checkpoints of each instead, as --weights of the other commands takes them.
+    """
+    chosen = [named_arch(name).name for name in networks] or names()
+    if weights:
+        return _published(chosen)
     rows = []
-    for name in names():
+    for name in chosen:
         c = cost(arch := named_arch(name))
         memory = (quantities.size(c.memory.inference), quantities.size(c.memory.training()))
         rows.append((name, f"{arch.resolution}", f"{c.params:,}", f"{c.macs / 1e9:.3f} G", f"{c.activations / 1e6:.1f} M", *memory))
     print(aligned(("network", "px", "params", "MACs", "activations", "inference", "training"), rows))
+    return 0
+
+
+def _published(networks: Sequence[str]) -> int:
+    from triscale.weights.zoo import entries, find
+
+    rows = []
+    for name in networks:
+        for e in entries(name):
+            short = f"{name}:{e.tag}" if e.tag and find(name, e.tag) is e else e.name
+            accuracy = ["" if value is None else f"{value:.2f}" for value in (e.top1, e.top5)]
+            rows.append((short, e.source, f"{e.preprocess.size}", *accuracy, "" if e.classes == 1000 else f"{e.classes}", e.where))
+    print(aligned(("weights", "source", "px", "top-1", "top-5", "classes", "where"), rows, left=(0, 1, 6)))
+    print("\nAccuracy in % on ImageNet's validation images as its publisher gives it; classes where they aren't ImageNet's 1000.")
     return 0
 
 
