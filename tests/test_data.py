@@ -25,7 +25,7 @@ def picture(path, value):
 def test_digits_are_the_bundled_scans():
     from sklearn.datasets import load_digits
 
-    splits = load(find("digits"), Preprocess(8, 0, "nearest", (0.0,), (1.0,)))
+    splits = load(find("digits"), Preprocess(8, 0, "before", "nearest", (0.0,), (1.0,)))
     scans = load_digits()
     assert len(splits.train) + len(splits.held_out) == 1797
     assert not set(splits.train.names) & set(splits.held_out.names)

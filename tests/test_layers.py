@@ -29,6 +29,7 @@ LAYERS = (
         "paper",
         "quantities",
         "recipe",
+        "recipes",
         "replay",
         "scaling",
         "text",

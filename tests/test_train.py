@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import triscale as ts
 from triscale.files import write_whole
 from triscale.naming import UnknownNameError
-from triscale.recipe import RecipeError, from_json, named, override
+from triscale.recipe import RecipeError, from_json, override
+from triscale.recipes import named
 from triscale.train.loop import EpochEnd, NonFiniteLossError, Step, cross_entropy, fit
 from triscale.train.optim import WeightAverage, learning_rate, make_optimizer
 from triscale.weights.model_file import ModelCard, ModelFileError, load_model, save_model
@@ -183,7 +184,7 @@ def test_recipes_refuse_what_does_not_exist_and_round_trip():
     recipe = override(named("small"), {"lr": 0.2, "epochs": 3})
     assert (recipe.lr, recipe.epochs, recipe.ema) == (0.2, 3, named("small").ema)
     assert from_json(ts.Recipe, json.dumps(recipe.to_dict())) == recipe
-    p = ts.Preprocess(240, 32, "bilinear", (1.0,), (2.0,))
+    p = ts.Preprocess(240, 32, "after", "bilinear", (1.0,), (2.0,))
     assert from_json(ts.Preprocess, json.dumps(p.to_dict())) == p
     with pytest.raises(UnknownNameError, match="weight_decay"):
         override(recipe, {"weight_decy": 0})

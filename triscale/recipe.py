@@ -17,7 +17,9 @@ from triscale.naming import unknown
 FORMAT = 1
 Interpolation = Literal["bicubic", "bicubic-tf", "bilinear", "nearest"]
 Crop = Literal["before", "after", "squash"]
-Optimizer = Literal["sgd", "adamw"]
+Optimizer = Literal["sgd", "adamw", "rmsprop"]
+Schedule = Literal["cosine", "staircase"]
+Augment = Literal["none", "autoaugment", "randaugment"]
 
 MAX_SIZE = 4096  # pixels: 200 MB an image as float32, for files that nobody vouches for
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -85,34 +87,58 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that training decides: the learning rate rises linearly, then falls to 0 by half a cosine."""
+    """Everything that training decides, and nothing of how or where it is computed."""
 
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 64
-    """Images a step."""
+    """Images a step, over all processes."""
     optimizer: Optimizer = "sgd"
-    """sgd (Nesterov momentum) or adamw."""
+    """sgd (Nesterov momentum), adamw, or rmsprop as TensorFlow has it."""
     lr: float = 0.1
-    """Peak learning rate, at `batch_size`."""
-    momentum: float = 0.9
-    """Of sgd."""
-    weight_decay: float = 5e-4
-    """On convolution and linear weights; not on norms and biases."""
+    """Peak learning rate, for lr_batch images a step."""
+    lr_batch: int = 0
+    """The rate used is lr x batch_size / lr_batch; 0: lr as it stands."""
+    schedule: Schedule = "cosine"
+    """cosine: to 0 by half a cosine; staircase: x decay_factor every decay_epochs, counted from the first step."""
+    decay_epochs: float = 2.4
+    """Of staircase."""
+    decay_factor: float = 0.97
+    """Of staircase."""
     warmup_epochs: float = 2.0
-    """Epochs in which the learning rate rises from 0."""
+    """Epochs in which the learning rate rises linearly from 0."""
+    momentum: float = 0.9
+    """Of sgd and rmsprop."""
+    rms_decay: float = 0.9
+    """Of rmsprop's mean square."""
+    rms_eps: float = 1e-3
+    """Of rmsprop, inside the square root."""
+    weight_decay: float = 5e-4
+    """On convolution and linear weights."""
+    decay_biases: bool = False
+    """Weight decay on the biases of squeeze-excitation and classifier too, as the official code has it; never on norms."""
+    clip: float = 0.0
+    """Largest norm of the gradient; 0 leaves it alone."""
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes."""
+    ema: float = 0.0
+    """Decay of a weight average that is evaluated and saved; 0 for none."""
+    norm_batch: int = 0
+    """Images that batch norm takes its statistics over; 0: those that a process has at a time."""
+    minival: float = 0.0
+    """Share of the training images held out to choose the epoch by; the final number is on the untouched images. 0: the last epoch."""
     flip: bool = True
     """Mirror half of the images."""
     shift: float = 0.125
     """Random offset either way, as a share of the side; edges are repeated."""
     erase: float = 0.0
     """Side of a random square set to the mean, as a share of the side; 0 for none."""
-    ema: float = 0.0
-    """Decay of a weight average that is evaluated and saved; 0 for none."""
+    augment: Augment = "none"
+    """Learned augmentation policies: autoaugment, randaugment."""
+    advprop: bool = False
+    """Adversarial examples with batch norms of their own."""
     seed: int = 0
-    """Of initial weights, order and augmentation."""
+    """Of initial weights, order, augmentation and dropout."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Recipe)
@@ -122,13 +148,19 @@ class Recipe:
                 object.__setattr__(self, f.name, value := float(value))
             if kind in (int, float, bool) and (type(value) is not kind or not math.isfinite(value) or value < 0):
                 raise RecipeError(f"Recipe.{f.name}: expected a {kind.__name__} from 0, found {value!r}")
-        if self.optimizer not in get_args(Optimizer):
-            raise RecipeError(f"Recipe.optimizer: {unknown('optimizer', self.optimizer, get_args(Optimizer))}")
+        for name, known in (("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule)), ("augment", get_args(Augment))):
+            if getattr(self, name) not in known:
+                raise RecipeError(f"Recipe.{name}: {unknown(name, getattr(self, name), known)}")
         for name, low, high in (
             ("epochs", 1, 100_000),
             ("batch_size", 1, 1 << 20),
             ("label_smoothing", 0, 0.99),
             ("ema", 0, 0.999999),
+            ("minival", 0, 0.5),
+            ("decay_epochs", 1e-3, 1e6),
+            ("decay_factor", 1e-6, 1),
+            ("rms_decay", 0, 1),
+            ("rms_eps", 1e-12, 1),
             ("seed", 0, 1 << 40),
             ("shift", 0, 1),
             ("erase", 0, 1),
@@ -173,20 +205,3 @@ def from_json(kind: type[Recipe] | type[Preprocess], text: str) -> Any:
         return _from_dict(kind, json.loads(text))
     except json.JSONDecodeError as error:
         raise RecipeError(f"{kind.__name__}: no JSON ({error})") from None
-
-
-# Named recipes. Each says its command, hardware, time and accuracy; what was not measured says "not run".
-RECIPES: dict[str, Recipe] = {
-    # A first look at any folder. Not run as a benchmark.
-    "quick": Recipe(),
-    # A few thousand small photographs from scratch. triscale train cifar10-mini --arch resnet18 --resolution 32
-    # --macs 40M --recipe small: 59.8 % of its 500 test images in 221 s on two cores (studies/README.md).
-    "small": Recipe(epochs=45, erase=0.5, weight_decay=1e-3, ema=0.995),
-}
-
-
-def named(name: str) -> Recipe:
-    """The named recipe. Raises UnknownNameError with the nearest name."""
-    if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
-    return RECIPES[name]

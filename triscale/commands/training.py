@@ -19,7 +19,8 @@ from triscale.architecture import Arch
 from triscale.commands import TYRO
 from triscale.commands.networks import read_arch
 from triscale.quantities import count, short
-from triscale.recipe import Recipe, named
+from triscale.recipe import Recipe
+from triscale.recipes import named
 from triscale.text import aligned
 
 
