@@ -98,12 +98,32 @@ def test_cifar10_from_parquet(shared):
 def test_batches_hold_every_image_once_an_epoch_in_an_order_of_their_own():
     images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 5, 5).contiguous()
     batches = Batches(images, torch.arange(12), Preprocess(5, 0, mean=(0.0,) * 3, std=(1.0,) * 3), PLAIN)
-    epochs = [[y for _, y in batches.epoch(i)] for i in (0, 1, 0)]
+    epochs = [[y for _, y, _ in batches.epoch(i)] for i in (0, 1, 0)]
     orders = [torch.cat(e).tolist() for e in epochs]
     assert all(sorted(o) == list(range(12)) for o in orders)
     assert orders[0] == orders[2]
     assert orders[0] != orders[1]
-    assert all((x[:, 0, 0, 0] == y).all() for x, y in batches.epoch(3))
+    assert all((x[:, 0, 0, 0] == y).all() for x, y, _ in batches.epoch(3))
+    assert all(batches.names(numbers) == [f"#{i}" for i in y.tolist()] for _, y, numbers in batches.epoch(3))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_are_the_same_with_workers_from_the_middle_and_in_parts(workers):
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(batch_size=12, shift=0.2, erase=0.4)
+    make = lambda **more: Batches(images, torch.arange(50), Preprocess(8, 0), recipe, **more)  # noqa: E731
+    whole = list(make().epoch(2))
+    for batches, start in ((make(workers=workers), 0), (make(workers=workers), 2)):
+        for (x, y, n), (x2, y2, n2) in zip(batches.epoch(2, start), whole[start:], strict=True):
+            assert torch.equal(x, x2)
+            assert torch.equal(y, y2)
+            assert torch.equal(n, n2)
+    parts = [list(make(share=(rank, 3)).epoch(2)) for rank in range(3)]
+    for i, (x, y, _) in enumerate(whole):
+        assert torch.equal(torch.cat([p[i][0] for p in parts]), x)
+        assert torch.equal(torch.cat([p[i][1] for p in parts]), y)
+    with pytest.raises(ValueError, match="can't be shared out evenly to 5"):
+        make(share=(0, 5))
 
 
 def test_evaluation_sees_all_images_in_order():

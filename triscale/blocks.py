@@ -8,6 +8,8 @@ papers for their own blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +83,20 @@ def _few_positions(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
+_recomputing = False
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """The forward pass inside is run a second time, for its activations: batch norms leave their running statistics alone."""
+    global _recomputing
+    before, _recomputing = _recomputing, True
+    try:
+        yield
+    finally:
+        _recomputing = before
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm whose running variance may take the biased batch variance, as TensorFlow's does; torch stores n/(n-1) of it.
 
@@ -97,6 +113,9 @@ class BatchNorm(nn.BatchNorm2d):
         self.biased = numerics.running_variance == "biased"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and _recomputing:
+            mean, var = self.running_mean.clone(), self.running_var.clone()  # autograd keeps as many tensors as the first time
+            return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
         if not (self.training and self.biased):
             return super().forward(x)
         # torch's rule goes to a copy, which autograd keeps: (1 - m) old + m var n/(n-1). Scaled by (n-1)/n its last term is

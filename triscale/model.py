@@ -6,13 +6,16 @@ in eager mode, torch.compile, torch.export, channels-last, bf16 and at any input
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from triscale.architecture import Arch
-from triscale.blocks import ConvNormAct, make_block, same_padding
+from triscale.blocks import ConvNormAct, make_block, recomputing, same_padding
 
 
 class StemPool(nn.Module):
@@ -33,7 +36,11 @@ class ConvNet(nn.Module):
     """The network that an Arch describes. `arch` and `num_classes` stay on it.
 
     forward: (N, C, H, W) float -> logits (N, num_classes), or the pooled features (N, channels) where num_classes is 0.
+    recompute: in training, keep only the blocks' outputs and compute what is inside again in the backward pass, with the same
+    random numbers and without counting twice in batch norm's running statistics.
     """
+
+    recompute = False
 
     def __init__(self, arch: Arch, num_classes: int = 1000, in_channels: int = 3) -> None:
         super().__init__()
@@ -75,15 +82,21 @@ class ConvNet(nn.Module):
         x = self.stem(x)
         if self.pool is not None:
             x = self.pool(x)
+        again = self.recompute and self.training and torch.is_grad_enabled()
         for stage in self._stage_modules():
             for block in stage:
-                x = block(x)
+                x = checkpoint(block, x, use_reentrant=False, context_fn=_second_time) if again else block(x)
         return self.head(x) if self.head is not None else x
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x).mean((2, 3))
         x = F.dropout(x, self.arch.dropout, self.training)
         return self.classifier(x) if self.classifier is not None else x
+
+
+def _second_time() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """The contexts of the first and of the repeated forward pass."""
+    return nullcontext(), recomputing()
 
 
 class Classifier(nn.Linear):

@@ -5,7 +5,11 @@ Shapes: images (N, C, S, S) uint8 in; batches (B, C, S, S) float32 channels-last
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +30,10 @@ def evaluation_batches(images: Tensor, preprocess: Preprocess, size: int = 256) 
         yield normalise(images[start : start + size], preprocess)
 
 
-def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, recipe: Recipe, generator: torch.Generator, part: slice = slice(None), whole: int = 0) -> Tensor:
     """A random flip, shift and erased square for each image of a batch (N, C, S, S), any dtype; a new tensor.
+
+    part, whole: the images are this part of a batch of so many, whose random numbers are drawn for all.
 
     Shift: by up to recipe.shift of the side either way, edges repeated. Erase: a square of zeros (on normalised images:
     the mean), its centre anywhere, cut at the edge.
@@ -35,7 +41,7 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     n, _, height, width = images.shape
 
     def draw(low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, (n, 1), generator=generator)
+        return torch.randint(low, high + 1, (whole or n, 1), generator=generator)[part]
 
     rows, columns = torch.arange(height).expand(n, -1), torch.arange(width).expand(n, -1)
     if recipe.flip:
@@ -57,26 +63,66 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
 
 
 class Batches:
-    """Endless epochs over images in memory: `epoch(i)` yields the batches of epoch i.
+    """Epochs over images in memory: `epoch(i, start)` yields (images, labels, numbers) of epoch i's batches from `start` on.
 
-    Order and augmentation of epoch i depend on the seed and on i alone, so a resumed run sees what an uninterrupted one
-    sees. The last, smaller batch is dropped unless it is the only one (a batch norm over a few images is noise).
+    Order and augmentation of a batch depend on the seed, the epoch and the batch's number alone: a resumed run sees what an
+    uninterrupted one sees, with any number of workers. The last, smaller batch is dropped unless it is the only one (a batch
+    norm over a few images is noise). workers: threads that prepare batches ahead; 0: none. share: (rank, processes); each
+    takes its consecutive part of every batch, which `batch_size` has to divide by. numbers: places in `images`.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, preprocess: Preprocess, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        preprocess: Preprocess,
+        recipe: Recipe,
+        *,
+        names: Sequence[str] = (),
+        workers: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         if len(images) != len(labels) or not len(images):
             raise ValueError(f"Batches: expected as many labels as images and at least one, found {len(images)} and {len(labels)}")
-        self.images, self.labels, self.preprocess, self.recipe = images, labels, preprocess, recipe
+        self.images, self.labels, self.preprocess, self.recipe, self.workers = images, labels, preprocess, recipe, workers
         self.size = min(recipe.batch_size, len(images))
+        self.rank, self.processes = share
+        self._names = names
+        if self.size % self.processes:
+            raise ValueError(f"a batch of {self.size} images can't be shared out evenly to {self.processes} processes; another --batch-size can")
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return len(self.images) // self.size
 
-    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + index)
-        order = torch.randperm(len(self.images), generator=generator)
-        for i in range(len(self)):
-            chosen = order[i * self.size : (i + 1) * self.size]
-            images = normalise(self.images[chosen], self.preprocess)
-            yield augment(images, self.recipe, generator), self.labels[chosen]
+    def names(self, numbers: Tensor) -> list[str]:
+        """The files' names, or #number where there are none."""
+        return [self._names[i] if self._names else f"#{i}" for i in numbers.tolist()]
+
+    def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = torch.randperm(len(self.images), generator=self._generator(index))
+        if not self.workers:
+            for i in range(start, len(self)):
+                yield self._batch(order, index, i)
+            return
+        pool, waiting = ThreadPoolExecutor(self.workers, "batches", torch.set_num_threads, (1,)), deque[Any]()
+        try:
+            for i in range(start, len(self)):
+                waiting.append(pool.submit(self._batch, order, index, i))
+                if len(waiting) > self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _generator(self, *numbers: int) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, (self.recipe.seed, *numbers))).encode()))
+
+    def _batch(self, order: Tensor, epoch: int, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's part of a batch. Random numbers are drawn for the whole batch, so that it is the same however shared out."""
+        chosen = order[i * self.size : (i + 1) * self.size]
+        part = self.size // self.processes
+        mine = slice(self.rank * part, (self.rank + 1) * part)
+        images = normalise(self.images[chosen[mine]], self.preprocess)
+        return augment(images, self.recipe, self._generator(epoch, i), mine, self.size), self.labels[chosen[mine]], chosen[mine]

@@ -38,7 +38,7 @@ class RMSprop(torch.optim.Optimizer):
                     self.state[p] = {"square": torch.ones_like(p), "velocity": torch.zeros_like(p)}
             squares, velocities = ([self.state[p][k] for p in params] for k in ("square", "velocity"))
             if group["weight_decay"]:
-                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
             torch._foreach_mul_(squares, group["decay"])
             torch._foreach_addcmul_(squares, grads, grads, 1 - group["decay"])
             roots = torch._foreach_add(squares, group["eps"])
