@@ -320,3 +320,9 @@ def test_held_out_of_other_shapes_is_refused_and_a_damaged_file_named(tmp_path):
     np.savez(path, labels=np.zeros(2))
     with pytest.raises(LogError, match="missing: top"):
         read_held_out(tmp_path)
+    write_held_out(tmp_path, np.eye(2), [1, 0], "ab", lambda rows: [picture()] * 2)
+    arrays = vars(read_held_out(tmp_path))
+    for name, value in (("names", ["a"]), ("thumbnail_of", [0, 2]), ("top", np.zeros((2, 4), int))):
+        np.savez(path, **(arrays | {name: value}))
+        with pytest.raises(LogError, match="don't go together"):
+            read_held_out(tmp_path)

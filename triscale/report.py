@@ -1,4 +1,7 @@
-"""One self-contained HTML page from a run folder's own files: tables, plots, what was run on what."""
+"""One self-contained HTML page from a run folder's own files: tables, plots, what was run on what.
+
+The demo's page is made here, a training's in training_report.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from triscale.cost_model import table
 from triscale.files import write_text
 from triscale.quantities import short
 
@@ -29,11 +31,12 @@ class ReportError(ValueError):
 
 def render(folder: Path) -> Path:
     """Writes report.html into the run folder and returns its path. Raises ReportError where there is nothing to report."""
-    results, log = folder / "results.json", folder / "log.jsonl"
-    if results.is_file():
-        page = _demo(json.loads(results.read_text(encoding="utf-8")))
-    elif log.is_file():
-        page = _training(folder, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()])
+    if (folder / "log.jsonl").is_file():  # an evaluation may lie in a training's folder, but nothing else brings a log
+        from triscale.training_report import training_page
+
+        page = training_page(folder)
+    elif (folder / "results.json").is_file():
+        page = _results_page(folder / "results.json")
     else:
         raise ReportError(f"{folder}: no run folder; expected results.json or log.jsonl in it")
     from jinja2 import Environment, PackageLoader
@@ -41,6 +44,19 @@ def render(folder: Path) -> Path:
     template = Environment(loader=PackageLoader("triscale", "."), autoescape=True).get_template("report.html")
     write_text(folder / "report.html", template.render(**page))
     return folder / "report.html"
+
+
+def _results_page(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        kind = data.get("kind")
+    except (ValueError, AttributeError, OSError) as error:
+        raise ReportError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
+    if kind == "evaluation":
+        raise ReportError(f"{path.parent}: an evaluation, which has no page; its findings are in results.json, its picture in confusion.png")
+    if kind is not None:
+        raise ReportError(f"{path}: expected a demo's results, found kind {kind!r}"[:200])
+    return _demo(data)
 
 
 def accuracy(values: Sequence[float]) -> str:
@@ -124,36 +140,14 @@ def _caption(s: dict[str, Any]) -> str:
     return text if s["says"] == s["label"] else f"{text}, is {s['label']}"
 
 
-def _training(folder: Path, log: list[dict[str, Any]]) -> dict[str, Any]:
-    if not log:
-        raise ReportError(f"{folder}: log.jsonl has no epoch yet")
-    from triscale.weights.model_file import load_model
-
-    _, card = load_model(folder / "model.safetensors")
-    p = card.provenance
-    facts = [
-        ("data", p["data"]), ("classes", f"{len(card.classes)}"), ("held-out images", p["held_out"]), ("epochs", f"{log[-1]['epoch']}"),
-        ("seconds", f"{log[-1]['seconds']:.0f}"), ("final training loss", f"{log[-1]['loss']:.4f}"),
-    ]  # fmt: skip
-    return {
-        "title": f"{card.arch.name or 'network'} on {p['data']}",
-        "lead": f"{100 * card.measured['top1']:.2f} % of the held-out images right after {log[-1]['epoch']} epochs.",
-        "sections": [
-            {"title": "Training", "plot": _curves(log)},
-            {"title": "Facts", "table": {"header": ("what", "value"), "rows": [{"cells": f} for f in facts]}},
-            {"title": "The network", "summary": "Table 1", "details": [table(card.arch, len(card.classes), card.preprocess.channels)]},
-            {"title": "The recipe", "summary": "recipe.json", "details": [json.dumps(p["recipe"], indent=1)]},
-        ],
-    }
-
-
 def _png(pixels: list[list[int]]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(255 - np.asarray(pixels, dtype=np.uint8)).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A matplotlib Figure as text for a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
@@ -195,7 +189,7 @@ def demo_plot(networks: Sequence[dict[str, Any]], path: Path | None = None) -> s
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     if path:
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _apart(values: list[float], gap: float) -> list[float]:
@@ -205,20 +199,3 @@ def _apart(values: list[float], gap: float) -> list[float]:
         out.append(max(v, out[-1] + gap) if out else v)
     shift = sum(o - v for o, v in zip(out, values, strict=True)) / max(len(out), 1)
     return [o - shift for o in out]
-
-
-def _curves(log: list[dict[str, Any]]) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.6))
-    left = figure.add_subplot()
-    epochs = [row["epoch"] for row in log]
-    left.plot(epochs, [100 * row["top1"] for row in log], "-", color=BLUE, linewidth=2, marker="o" if len(log) < 3 else None)
-    left.set_xlabel("epoch")
-    left.set_ylabel("held-out accuracy (%), solid", color=BLUE)
-    right = left.twinx()
-    right.plot(epochs, [row["loss"] for row in log], "--", color=GREY, marker="s" if len(log) < 3 else None)
-    right.set_ylabel("training loss, dashed", color="#444444")
-    for axes in (left, right):
-        axes.spines["top"].set_visible(False)
-    return _svg(figure)

@@ -54,7 +54,7 @@ def write_samples(folder: Path, images: np.ndarray, labels: Any, classes: Sequen
     labels = np.asarray(labels, dtype=np.int64)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or labels.shape != images.shape[:1]:
         raise ValueError(f"samples: expected (n, S, S, 1 or 3) uint8 and n labels, found {images.shape} {images.dtype} and {labels.shape}")
-    _save(folder / SAMPLES, {"images": images, "labels": labels, "classes": np.array(classes, dtype=np.str_)})
+    _save(folder / SAMPLES, {"images": images, "labels": labels, "classes": np.array(list(classes), dtype=np.str_)})
 
 
 def write_held_out(folder: Path, logits: np.ndarray, labels: Any, names: Sequence[str], images_of: Callable[[list[int]], list[np.ndarray]]) -> None:
@@ -71,7 +71,7 @@ def write_held_out(folder: Path, logits: np.ndarray, labels: Any, names: Sequenc
     probability = np.concatenate([np.empty((0, TOP), np.float32), *(p[1] for p in parts)])
     worst = worst_mistakes(labels, top, probability)[:MISTAKES]
     pictures = images_of(worst) if worst else []
-    body = {"labels": labels, "top": top, "probability": probability, "names": np.array(names, dtype=np.str_)}
+    body = {"labels": labels, "top": top, "probability": probability, "names": np.array(list(names), dtype=np.str_)}
     _save(folder / HELD_OUT, body | {"thumbnails": _thumbnails(pictures), "thumbnail_of": np.array(worst, dtype=np.int64)})
 
 
@@ -84,6 +84,8 @@ def worst_mistakes(labels: np.ndarray, top: np.ndarray, probability: np.ndarray)
 def read_samples(folder: Path) -> Samples | None:
     """None where there is no samples.npz. Raises LogError."""
     body = _load(folder / SAMPLES, ("images", "labels"))
+    if body is not None and (body["images"].ndim != 4 or len(body["labels"]) != len(body["images"])):
+        raise LogError(f"{folder / SAMPLES}: expected as many labels as images (n, S, S, C)")
     return None if body is None else Samples(body["images"], body["labels"], tuple(str(c) for c in body.get("classes", ())))
 
 
@@ -91,7 +93,14 @@ def read_held_out(folder: Path) -> HeldOut | None:
     """None where there is no held_out.npz, as while a training runs. Raises LogError."""
     names = ("labels", "top", "probability", "names", "thumbnails", "thumbnail_of")
     body = _load(folder / HELD_OUT, names)
-    return None if body is None else HeldOut(*(body[name] for name in names))
+    if body is None:
+        return None
+    found = HeldOut(*(body[name] for name in names))
+    n = len(found.labels)
+    whole = found.top.shape == found.probability.shape == (n, TOP) and len(found.names) == n and len(found.thumbnails) == len(found.thumbnail_of)
+    if not whole or not all(0 <= i < n for i in found.thumbnail_of.tolist()):
+        raise LogError(f"{folder / HELD_OUT}: its arrays don't go together")
+    return found
 
 
 def _best(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
