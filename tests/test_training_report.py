@@ -204,6 +204,17 @@ def test_while_it_runs_the_page_says_how_far_it_is(tmp_path):
     assert NAMES[1] in page.sections["What the network sees"]  # from samples.npz: there is no model file yet
 
 
+def test_accuracies_of_a_minival_are_not_called_held_out(tmp_path, whole):
+    assert "<!-- held-out accuracy, % -->" in whole.source
+    write_run(tmp_path, held_out=False)
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"minival": 100}))
+    page = Page(render(tmp_path))
+    assert "25.00 % of the minival images right" in page.text
+    assert "<!-- minival accuracy, % -->" in page.source
+    assert "held-out accuracy" not in page.source
+
+
 def test_before_the_first_epoch_is_over_there_is_a_page(tmp_path):
     page = Page(render(write_run(tmp_path, epochs=0, planned=5, model=False, held_out=False)))
     assert "Still in its first epoch of 5, step 2 of 20, loss 1.500." in page.text

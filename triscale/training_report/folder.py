@@ -42,6 +42,11 @@ class Run:
         return self.epochs > 0 and self.epochs >= (self.planned or 0)
 
     @property
+    def measured_on(self) -> str:
+        """What the epochs' accuracies are of: with a minival, only the last word is spoken on the held-out images."""
+        return "minival" if self.recipe.get("minival") else "held-out"
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Class names as far as they are known."""
         return self.card.classes if self.card else self.samples.classes if self.samples else ()

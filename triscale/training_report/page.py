@@ -60,7 +60,7 @@ def _accuracy(run: Run) -> str:
         return f"{100 * right / n:.2f} % of {n:,} held-out images right (95 % interval {100 * low:.1f} to {100 * high:.1f})"
     measured = [e.top1 for e in run.log.epochs if e.top1 is not None]
     if measured:
-        return f"{100 * measured[-1]:.2f} % of the held-out images right"
+        return f"{100 * measured[-1]:.2f} % of the {run.measured_on} images right"
     return f"training loss {run.log.epochs[-1].loss:.3f}, held-out accuracy not measured"
 
 
@@ -103,7 +103,7 @@ def _rate(log: Log) -> float | None:
 
 def _curves(run: Run) -> dict[str, Any]:
     many = len(run.classes) > 20  # of few classes the right one is nearly always among five
-    figure = curves(run.log, _per_epoch(run), top5=many)
+    figure = curves(run.log, _per_epoch(run), top5=many, on=run.measured_on)
     texts = []
     if has_windows(run.log) and run.log.epochs:
         texts.append("Training loss: thick, the mean of each epoch; thin, the mean of each window of steps. Its images are augmented.")

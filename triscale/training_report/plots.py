@@ -19,10 +19,10 @@ PARTS = (
 )
 
 
-def curves(log: Log, per_epoch: float | None, *, top5: bool) -> Any:
-    """A Figure: held-out accuracy, training loss, learning rate, one below the other against epochs.
+def curves(log: Log, per_epoch: float | None, *, top5: bool, on: str = "held-out") -> Any:
+    """A Figure: accuracy, training loss, learning rate, one below the other against epochs.
 
-    per_epoch: steps in an epoch, to place the lines of steps; None leaves those out. top5: draw it too.
+    per_epoch: steps in an epoch, to place the lines of steps; None leaves those out. top5: draw it too. on: the images of the accuracy.
     """
     from matplotlib.figure import Figure
 
@@ -37,6 +37,7 @@ def curves(log: Log, per_epoch: float | None, *, top5: bool) -> Any:
     left = list(all_axes)
     if measured:
         _accuracy(left.pop(0), [e.epoch for e in measured], [(e.top1, e.top5) for e in measured], top5)
+        all_axes[0].set_title(f"{on} accuracy, %", loc="left", fontsize=10)
     _loss(left.pop(0), log, lines)
     if rates:
         axes = left.pop(0)
@@ -77,7 +78,6 @@ def _accuracy(axes: Any, epochs: Sequence[int], values: Sequence[tuple[float | N
         apart = 6 if five[-1][1] - first[-1] < 0.15 * (high - low) else 0
         _end(axes, *five[-1], f"top-5 {five[-1][1]:.2f}", DARK, apart)
     _end(axes, epochs[-1], first[-1], f"{'top-1 ' if top5 and five else ''}{first[-1]:.2f}", BLUE, -apart)
-    axes.set_title("held-out accuracy, %", loc="left", fontsize=10)
 
 
 def _loss(axes: Any, log: Log, lines: Sequence[tuple[float, StepLine]]) -> None:
