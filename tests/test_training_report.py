@@ -277,6 +277,9 @@ def test_other_folders_are_told_apart(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"format": 1, "kind": "evaluation"}))
     with pytest.raises(ReportError, match=r"an evaluation.*confusion\.png"):
         render(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"format": 1, "kind": "weather"}))
+    with pytest.raises(ReportError, match="weather"):
+        render(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ReportError, match=r"results\.json: can't be read"):
         render(tmp_path)

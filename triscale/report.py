@@ -54,7 +54,7 @@ def _results_page(path: Path) -> dict[str, Any]:
         raise ReportError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
     if kind == "evaluation":
         raise ReportError(f"{path.parent}: an evaluation, which has no page; its findings are in results.json, its picture in confusion.png")
-    if kind is not None:
+    if kind not in ("demo", None):
         raise ReportError(f"{path}: expected a demo's results, found kind {kind!r}"[:200])
     return _demo(data)
 
