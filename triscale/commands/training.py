@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -22,6 +24,15 @@ from triscale.quantities import count, short
 from triscale.recipe import Recipe
 from triscale.recipes import named
 from triscale.text import aligned
+
+if TYPE_CHECKING:
+    from triscale.classify import Running
+    from triscale.data.datasets import Splits
+    from triscale.recipe import Preprocess
+
+Precision = Literal["auto", "float32", "bfloat16"]
+# Of the processes that torchrun has started, if it has; the first one speaks.
+PROCESSES, FIRST = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
 
 
 class _Rate(ProgressColumn):
@@ -81,6 +92,30 @@ def demo(out: Path = Path("runs/demo"), seeds: int = 3, workers: int | None = No
     return 0
 
 
+@dataclass(frozen=True)
+class Computing:
+    """How a step is computed."""
+
+    device: str = "cpu"
+    """cpu, cuda, or auto."""
+    threads: int | None = None
+    """CPU threads; torch's own choice unless given."""
+    workers: int = 0
+    """Threads that prepare batches ahead."""
+    precision: Precision = "auto"
+    """Of convolutions: auto is bfloat16 on an accelerator that has it, float32 on a CPU."""
+    memory: str | None = None
+    """Split the batch so that a step's tensors fit this, e.g. 2GB."""
+    micro_batch: int = 0
+    """Images at a time, instead of by --memory; 0: all of a process's share."""
+    recompute: bool = False
+    """Keep only the blocks' outputs, and compute what is inside them again in the backward pass."""
+    compile: bool = False
+    """Use torch.compile."""
+    shard: bool = False
+    """Share the optimiser's state out over the processes."""
+
+
 @dataclass
 class Train:
     """Train a network from scratch; write a run folder with its model file, log and report."""
@@ -98,10 +133,15 @@ class Train:
     """Where cifar10 lies: a folder with cifar-10-batches-py, or with its Parquet files."""
     out: Path | None = None
     """The run folder; runs/DATA-ARCH, with a number where that is taken, unless given."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in --out, where there is one."""
+    save_every: int = 0
+    """Steps between checkpoints, beside those at the end of each epoch."""
+    tensorboard: bool = False
+    """Write TensorBoard's curves too."""
     recipe: str = "quick"
-    """Named settings, which the options below override: quick, small."""
-    threads: int | None = None
-    """CPU threads; torch's own choice unless given."""
+    """Named settings, which the options below override: quick, small, cifar10, paper, paper-gpu, randaugment, advprop, finetune."""
+    computing: Computing = field(default_factory=lambda: Computing())
     settings: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
 
@@ -118,14 +158,12 @@ def train_options(args: list[str]) -> Train:
 
 def train(options: Train) -> int:
     """Trains and reports. Returns the exit status: 1 where files were left out."""
-    from triscale.classify import Evaluated, Saved, preprocess_for, run_folder
-    from triscale.cost_model import cost
+    from triscale.classify import check, preprocess_for
     from triscale.data.datasets import find, load
     from triscale.latency import set_threads
-    from triscale.report import render
-    from triscale.train.loop import Step
 
-    set_threads(options.threads)
+    check(options.settings)
+    set_threads(options.computing.threads)
     arch = read_arch(options.arch)
     out = _new_folder(options, arch)
     channels = 1 if options.data == "digits" else 3
@@ -135,44 +173,105 @@ def train(options: Train) -> int:
     with _bar() as bar:
         task = bar.add_task("reading images", total=None, unit="images")
         splits = load(listing, preprocess, lambda done, total: bar.update(task, completed=done, total=total))
-    c = cost(arch, len(splits.classes), channels, batch=options.settings.batch_size)
+    running = _running(options, arch, len(splits.classes), channels)
+    left_out = splits.train.left_out + splits.held_out.left_out
+    if FIRST:
+        _describe(options, arch, splits, channels, running)
+        if listing.passed_over:
+            print(f"passed over, not images by their names: {_some(listing.passed_over)}", file=sys.stderr)
+        for reason in left_out:
+            print(f"left out: {reason}", file=sys.stderr)
+    top1 = _follow(options, out, splits, arch, preprocess, running)
+    if FIRST:
+        from triscale.report import render
+
+        print(f"{100 * top1:.2f} % of the held-out images right. Model: {out / 'model.safetensors'}. Report: {render(out)}")
+        if left_out:
+            total = len(left_out) + len(splits.train) + len(splits.held_out)
+            print(f"{len(left_out)} of {total} images could not be read and were left out", file=sys.stderr)
+    return 1 if left_out else 0
+
+
+def _running(options: Train, arch: Arch, classes: int, channels: int) -> Running:
+    from triscale.classify import Running
+    from triscale.train.plan import Plan, fit_memory
+
+    c = options.computing
+    if c.workers < 0 or options.save_every < 0:
+        raise ValueError(f"--workers and --save-every: expected 0 or more, found {c.workers} and {options.save_every}")
+    plan = Plan(c.device, c.precision, c.micro_batch, c.recompute, c.compile)
+    if c.memory is not None:
+        share = options.settings.batch_size // PROCESSES
+        plan = fit_memory(plan, arch, options.settings, classes, count(c.memory), share=share, in_channels=channels)
+    return Running(plan, c.workers, options.save_every, resume=options.resume, shard=c.shard, tensorboard=options.tensorboard, stop=_StopSignal())
+
+
+class _StopSignal:
+    """Whether SIGINT or SIGTERM has come: the step then ends, the state is saved. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt("at once; the last checkpoint that was whole is what is left")
+        self.asked = True
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def _describe(options: Train, arch: Arch, splits: Splits, channels: int, running: Running) -> None:
+    from triscale.cost_model import cost
+
+    settings, plan = options.settings, running.plan
+    c = cost(arch, len(splits.classes), channels, batch=plan.micro_batch or settings.batch_size // PROCESSES)
     memory = short(c.memory.training(1))
     print(f"{arch.name} at {arch.resolution} px: {short(c.macs)} MACs, {short(c.params)} parameters; training step {memory}B of memory")
     print(f"{len(splits.classes)} classes, {len(splits.train)} images to train on, {len(splits.held_out)} held out ({splits.held_out_is})")
-    if listing.passed_over:
-        print(f"passed over, not images by their names: {_some(listing.passed_over)}", file=sys.stderr)
-    left_out = splits.train.left_out + splits.held_out.left_out
-    for reason in left_out:
-        print(f"left out: {reason}", file=sys.stderr)
-    saved, top1, made = 0, 0.0, not out.exists()
+    defaults = Recipe().to_dict()
+    changed = {k: v for k, v in settings.to_dict().items() if v != defaults[k]}
+    print(f"recipe {options.recipe}: {', '.join(f'{k} {v:g}' if type(v) is float else f'{k} {v}' for k, v in changed.items()) or 'as it stands'}")
+    if plan.micro_batch:
+        print(f"{plan.micro_batch} images at a time, {-(-settings.batch_size // PROCESSES // plan.micro_batch)} times a step")
+
+
+def _follow(options: Train, out: Path, splits: Splits, arch: Arch, preprocess: Preprocess, running: Running) -> float:
+    """Carries the run out, with a bar and a line an epoch; returns the last accuracy."""
+    from triscale.classify import Evaluated, Resumed, Saved, Stopped, run_folder
+    from triscale.train.loop import Note, Step
+
+    saved, top1, made, epochs = 0, 0.0, not out.exists(), options.settings.epochs
     with _bar() as bar:
-        task = bar.add_task("epoch 1", total=None, unit="images", per=options.settings.batch_size)
+        task = bar.add_task("epoch 1", total=None, unit="images", per=options.settings.batch_size, visible=FIRST)
         try:
-            for event in run_folder(out, splits, arch, preprocess, options.settings, options.data):
+            waited = taken = 0.0
+            for event in run_folder(out, splits, arch, preprocess, options.settings, options.data, running):
                 if isinstance(event, Step):
-                    description = f"epoch {event.epoch + 1} of {options.settings.epochs}, loss {event.loss:.3f}"
+                    taken = 0.98 * taken + event.data + event.forward + event.backward + event.optimizer
+                    waited = 0.98 * waited + event.data
+                    description = f"epoch {event.epoch + 1} of {epochs}, loss {event.loss:.3f}, waiting for data {waited / taken:.0%}"
                     bar.update(task, completed=event.step, total=event.steps, description=description)
                 elif isinstance(event, Evaluated):
                     top1 = event.top1
-                    line = f"epoch {event.epoch}: loss {event.train_loss:.4f}, held-out accuracy {100 * top1:.2f} %, {event.seconds:.0f} s"
+                    line = f"epoch {event.epoch}: loss {event.train_loss:.4f}, {event.on} accuracy {100 * top1:.2f} %, {event.seconds:.0f} s"
                     bar.console.print(line, highlight=False)
                 elif isinstance(event, Saved):
                     saved = event.epoch
-        except Exception:
+                elif isinstance(event, Resumed):
+                    saved = event.epoch - 1
+                    bar.console.print(f"going on from step {event.step}, in epoch {event.epoch}", highlight=False)
+                elif isinstance(event, Note):
+                    bar.console.print(event.text, highlight=False)
+        except Stopped as stop:
+            raise KeyboardInterrupt(f"after step {stop.step}; the same command with --out {out} --resume goes on") from None
+        except (Exception, KeyboardInterrupt):
             _undo(out, made, saved)
             raise
-        except KeyboardInterrupt:
-            if not saved:
-                _undo(out, made, saved)
-                raise KeyboardInterrupt("before the first epoch was done; nothing is kept") from None
-            raise KeyboardInterrupt(f"{out / 'model.safetensors'} holds epoch {saved} of {options.settings.epochs}") from None
-    print(f"{100 * top1:.2f} % of the held-out images right. Model: {out / 'model.safetensors'}. Report: {render(out)}")
-    if left_out:
-        print(
-            f"{len(left_out)} of {len(left_out) + len(splits.train) + len(splits.held_out)} images could not be read and were left out",
-            file=sys.stderr,
-        )
-    return 1 if left_out else 0
+    return top1
 
 
 def _network(options: Train, arch: Arch, classes: int, channels: int) -> Arch:
@@ -196,19 +295,24 @@ def _network(options: Train, arch: Arch, classes: int, channels: int) -> Arch:
 def _new_folder(options: Train, arch: Arch) -> Path:
     """The run folder, which doesn't exist yet or is empty: a run never overwrites another, or anything else."""
     if options.out is None:
+        if PROCESSES > 1:
+            raise ValueError("--out: several processes need to be told their folder")
         base = Path(options.data).resolve().name
-        return _free(Path("runs"), f"{base}-{Path(arch.name or Path(options.arch).stem).name}".replace(" ", "-"))
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        name = f"{base}-{Path(arch.name or Path(options.arch).stem).name}".replace(" ", "-")
+        return Path("runs") / name if options.resume else _free(Path("runs"), name)
+    if not options.resume and FIRST and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"--out {options.out}: exists already and is no empty folder; give another")
     return options.out
 
 
 def _undo(out: Path, made: bool, saved: int) -> None:
     """Takes away what a run without one whole epoch has left."""
-    if saved:
+    if saved or not FIRST or not made or any((out / "states").glob("state-*")):
         return
-    for name in ("recipe.json", "log.jsonl"):
+    for name in ("recipe.json", "arch.json", "log.jsonl", "samples.npz"):
         (out / name).unlink(missing_ok=True)
+    if (out / "states").is_dir():
+        (out / "states").rmdir()
     if made and out.is_dir() and not any(out.iterdir()):
         out.rmdir()
 

@@ -111,10 +111,10 @@ def fit(
             value = mean(loss)
             if value != value or value in (float("inf"), float("-inf")):
                 raise NonFiniteLossError(_diagnosis(step_of, batch, batches, state.step, epoch, value, lr))
-            times = (*times, step_of.update(lr))
+            optimizer = step_of.update(lr)
             state.step, state.loss_sum, images = state.step + 1, state.loss_sum + value, images + len(batch[1])
             yield from step_of.notes()
-            yield Step(epoch, state.step, steps, value, lr, images, data, *times)
+            yield Step(epoch, state.step, steps, value, lr, images, data, *times, optimizer)
             waited = time.perf_counter()
         if state.average:
             state.average.swap(state.model)
