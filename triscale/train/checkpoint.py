@@ -81,8 +81,8 @@ class Checkpoints:
 
     `save` copies into one of two host buffers, each allocated once, the second only when a save comes while the first is still
     being written; it waits only while both are. EfficientNet-B0 with average and RMSProp's two slots (85 MB) stops training for
-    17 ms a save on an EPYC core, 60 ms where a buffer is allocated. Use from one thread, and as a context manager or with `close`.
-    What was handed over is written even if the program ends without either.
+    17 to 30 ms a save on an EPYC core, 50 to 80 ms where a buffer is allocated. Use from one thread, as a context manager or with
+    `close`. What was handed over is written even if the program ends without either.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
