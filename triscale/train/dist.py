@@ -7,6 +7,7 @@ leave its values as they are.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 # A peer that says nothing for so long has failed: longer than any step, save or compilation, shorter than a night. A process
 # that is killed is noticed at once on gloo and by torchrun, not after this time.
@@ -51,16 +55,48 @@ def world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield here
         return
-    try:
-        # gloo on CUDA too: numbers that are on the CPU anyway then make no process wait for its GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError; a variable that is missing a ValueError
-        where = f"{os.environ.get('MASTER_ADDR', 'no MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'no MASTER_PORT')}"
-        raise ConnectionError(f"process {rank} of {size} found no others at {where}: {str(error).splitlines()[0]}") from None
+    _meet(rank, size, "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     try:
         yield here
     finally:
         dist.destroy_process_group()
+
+
+def _meet(rank: int, size: int, backend: str) -> None:
+    """Joins the process group. gloo on CUDA too: numbers that are on the CPU anyway then make no process wait for its GPU."""
+    try:
+        store = _fresh(next(iter(rendezvous("env://", rank, size, timeout=PATIENCE)))[0], rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError; a variable that is missing a ValueError
+        where = f"{os.environ.get('MASTER_ADDR', 'no MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'no MASTER_PORT')}"
+        raise ConnectionError(f"process {rank} of {size} found no others at {where}: {str(error).splitlines()[0]}") from None
+
+
+def _fresh(store: Store, rank: int, size: int) -> Store:
+    """`store` under a prefix that the processes of this start alone know: rank 0's token, handed to each by a name of its own.
+
+    torchrun (2.11 to 2.15) keeps its store when it restarts processes, and with it the addresses of those that are dead: a
+    process that reads them waits for ever, in most restarts on a busy machine. Its count of restarts, which could tell them
+    apart, differs between machines.
+    """
+    own = uuid4().hex
+    if rank:
+        store.set(f"asks/{rank}", own)
+        token = store.get(f"answer/{own}").decode()  # waits for rank 0 of this start: no other knows the name
+        store.set(f"has/{token}/{rank}", "")
+        return PrefixStore(token, store)
+    waiting, answered, end = set(range(1, size)), set(), time.monotonic() + PATIENCE.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"has/{own}/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"asks/{other}"]) and (name := store.get(f"asks/{other}").decode()) not in answered:
+                store.set(f"answer/{name}", own)  # a dead process's name gets an answer that nobody reads; then the next one
+                answered.add(name)
+        if waiting and time.monotonic() > end:
+            raise RuntimeError(f"process {min(waiting)} hasn't come in {PATIENCE}")
+        time.sleep(0.01)
+    return PrefixStore(own, store)
 
 
 def _variable(name: str, default: int) -> int:
