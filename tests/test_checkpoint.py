@@ -308,6 +308,18 @@ def test_save_copies(tmp_path):
         assert about == {"at": step}
 
 
+def test_reserved_buffers_are_the_ones_that_saves_use(tmp_path):
+    state = {"a": torch.arange(100_000.0)}
+    with Checkpoints(tmp_path, keep=3) as states:
+        states.reserve(state)
+        places = [host.bytes.data_ptr() for host in states._hosts]
+        for step in (1, 2, 3):
+            states.save(step, {"a": state["a"] + step}, {})
+        assert sorted(host.bytes.data_ptr() for host in states._hosts) == sorted(places)
+        states.wait()
+        assert torch.equal(states.newest()[1]["a"], state["a"] + 3)
+
+
 def test_states_of_other_sizes_share_the_buffers(tmp_path):
     with Checkpoints(tmp_path, keep=9) as checkpoints:
         for step, size in enumerate((10, 100_000, 1, 50_000, 200_000, 3)):

@@ -28,7 +28,7 @@ from triscale.model import ConvNet, build
 from triscale.recipe import Preprocess, Recipe
 from triscale.run_log import RunLog, write_held_out, write_samples
 from triscale.train.checkpoint import Checkpoints, differences
-from triscale.train.dist import World, any_true, average_buffers, mean, parallel, same_everywhere, sharded, world
+from triscale.train.dist import World, any_true, average_buffers, full_state, load_full_state, mean, parallel, same_everywhere, sharded, world
 from triscale.train.loop import EpochEnd, Note, Step, cross_entropy, fit
 from triscale.train.plan import Plan
 from triscale.train.state import TrainState
@@ -172,7 +172,7 @@ class _Run:
         net = build(arch, len(splits.classes), preprocess.channels).to(here.device).to(memory_format=torch.channels_last)
         self.net: ConvNet = self._norms(net)  # type: ignore[assignment]
         self.state = TrainState(self.net, recipe, (lambda kind, groups, **o: sharded(kind, groups, here, **o)) if running.shard else None)
-        self.best, self.seconds, self.told = -1.0, 0.0, False
+        self.best, self.seconds, self.told, self.reserved = -1.0, 0.0, False, False
 
     def _norms(self, net: ConvNet) -> torch.nn.Module:
         """Batch norms over as many images as the recipe says, or processes as the official code has."""
@@ -220,14 +220,18 @@ class _Run:
                         epoch=event.epoch, step=event.step, steps=event.steps, loss=event.loss, lr=event.lr, images=event.images * self.here.size,
                         data_s=event.data, forward_s=event.forward, backward_s=event.backward, optimiser_s=event.optimizer,
                     )  # fmt: skip
+                if self.writes and not self.reserved:
+                    self.reserved = True
+                    states.reserve(self.state.tensors({"state": {}} if self.running.shard else None))
                 yield event
                 stopping = any_true(self.running.stop(), self.here)
                 if stopping or (self.running.save_every and event.step % self.running.save_every == 0 and event.step % len(batches)):
+                    self._join()
                     self._save(states, log, wait=stopping)
                 if stopping:
                     raise Stopped(event.step)
             elif isinstance(event, EpochEnd):
-                average_buffers(self.net, self.here)
+                self._join()
                 if self.writes and log:
                     yield from self._evaluate(event, log)
                 self._save(states, log)
@@ -237,6 +241,17 @@ class _Run:
                 yield event
         if self.writes and log:
             yield from self._finish(log)
+
+    def _join(self) -> None:
+        """Running statistics, and the average's, become their mean over the processes: what is evaluated and saved is the same in
+        all, so that those who go on from it stand where these stand."""
+        if self.here.size == 1:
+            return
+        average_buffers(self.net, self.here)
+        if self.state.average:
+            self.state.average.swap(self.net)
+            average_buffers(self.net, self.here)
+            self.state.average.swap(self.net)
 
     def _evaluate(self, event: EpochEnd, log: RunLog) -> Iterator[Evaluated | Saved]:
         """Accuracy, and the model file where this model is the one to keep."""
@@ -272,9 +287,10 @@ class _Run:
             yield Evaluated(int(card.provenance["epoch"]), 0.0, top1, self.seconds, net, top5)
 
     def _save(self, states: Checkpoints, log: RunLog | None, *, wait: bool = False) -> None:
+        whole = full_state(self.state.optimizer, self.here) if self.running.shard else None  # every process takes part
         if self.writes:
             about = {**self.identity, "numbers": self.state.numbers(), "best": self.best, "seconds": self.seconds, "processes": self.here.size}
-            states.save(self.state.step, self.state.tensors(), about, wait=wait)
+            states.save(self.state.step, self.state.tensors(whole), about, wait=wait)
             if log:
                 log.saved(self.state.step, f"state-{self.state.step:08d}.safetensors")
 
@@ -286,7 +302,8 @@ class _Run:
         different = differences({k: about.get(k) for k in self.identity}, self.identity)
         if different:
             raise ResumeError(f"{path}: of another training ({'; '.join(different[:5])}); resume it as it was, or give another --out")
-        self.state.load(tensors, about["numbers"])
+        into = (lambda state: load_full_state(self.state.optimizer, state)) if self.running.shard else None
+        self.state.load(tensors, about["numbers"], into)
         self.best, self.seconds = about["best"], about["seconds"]
         return Resumed(self.state.step, self.state.epoch + 1)
 

@@ -117,6 +117,14 @@ class Checkpoints:
         if wait:
             self.wait()
 
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Allocates both buffers for states of this size now, so that no later save stops a step for it. Before the first save."""
+        places = _places(tensors)
+        while len(self._hosts) < 2:
+            self._hosts.append(_Host())
+        for host in self._hosts:
+            host.fill(places, tensors)
+
     def wait(self) -> None:
         """Returns when all that was saved is whole on the disk. Raises the writer's error, once; of two, the second next time."""
         self._raise_first(list(self._hosts))
