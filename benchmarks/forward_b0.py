@@ -54,10 +54,10 @@ def rows_of(timings):
     ]
 
 
-def ratios(rows):
-    """Ours over each peer's, same padding, each in its better format."""
+def ratios(rows, formats=("NCHW", "channels-last")):
+    """Ours over each peer's, same padding, each in its better one of the formats."""
     best = {}
-    for r in rows:
+    for r in (r for r in rows if r["format"] in formats):
         key = (r["library"], r["padding"])
         if key not in best or r["median_ms"] < best[key]["median_ms"]:
             best[key] = r

@@ -70,10 +70,15 @@ def measured():
         best = {}
         for r in body["rows"]:
             key = (r["padding"], r["library"])
-            best[key] = min(best.get(key, float("inf")), r["median_ms"])
+            if "bfloat16" not in r["format"]:
+                best[key] = min(best.get(key, float("inf")), r["median_ms"])
         for r in ratios(body["rows"]):
             ours, theirs = best[r["padding"], "triscale"], best[r["padding"], r["against"]]
             rows.append([what, f"{r['padding']} padding", r["against"], f"{ours:.1f} ms", f"{theirs:.1f} ms", f"{r['ratio']:.2f}"])
+        if name == "training_step":
+            plain = next(r["median_ms"] for r in body["rows"] if (r["library"], r["padding"], r["format"]) == ("timm", "same", "NCHW"))
+            ours = best["same", "triscale"]
+            rows.append([what, "same padding", "timm, plain loop (NCHW)", f"{ours:.1f} ms", f"{plain:.1f} ms", f"{ours / plain:.2f}"])
     body = json.loads((RESULTS / "predict.json").read_text())
     what = "B0, JPEG files to classes, two cores"
     first = body["rows"][0]["images_per_s"]
@@ -124,6 +129,10 @@ def page():
         cells = [[r["library"], r["padding"], r["format"], f"{r['median_ms']:.2f}", f"{r['min_ms']:.2f}", f"{r['sd_ms']:.2f}"] for r in rows]
         parts += [f"## {title}", about(bodies[name]), table(["library", "padding", "format", "median ms", "fastest ms", "sd ms"], cells)]
         lines = [f"- {r['padding']} padding: {r['ratio']:.3f} of {r['against']}'s time" for r in ratios(rows)]
+        if name == "training_step":
+            lines += [
+                f"- {r['padding']} padding, bfloat16: {r['ratio']:.3f} of {r['against']}'s time" for r in ratios(rows, ("channels-last, bfloat16",))
+            ]
         parts.append("triscale against each peer with the same padding, each in its better format (below 1: faster):\n\n" + "\n".join(lines))
     if "predict" in bodies:
         rows = bodies["predict"]["rows"]
