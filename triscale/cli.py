@@ -18,7 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("commands.networks", "the named networks with parameters, MACs and memory"),
     "show": ("commands.networks", "one network as the paper's Table 1, with its cost"),
     "scale": ("commands.networks", "scale a network: by phi, to a budget, or by multipliers"),
-    "demo": ("commands.training", "the paper's idea on real scans, in two minutes on two cores"),
+    "demo": ("commands.demonstration", "the paper's idea on real scans, in two minutes on two cores"),
     "train": ("commands.training", "train a network on a folder of class folders, digits or cifar10"),
     "predict": ("commands.prediction", "classify image files with any checkpoint of these networks"),
     "eval": ("commands.evaluation", "exact top-1 and top-5 on a folder, accuracy by class, confusion matrix"),

@@ -1,29 +1,23 @@
-"""demo and train: long work with a progress bar, a run folder and a report."""
+"""train: long work with a progress bar, a run folder and a report."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from triscale.architecture import Arch
 from triscale.commands import TYRO
+from triscale.commands.bars import bars
 from triscale.commands.networks import read_arch
 from triscale.quantities import count, short
 from triscale.recipe import Recipe
 from triscale.recipes import named
-from triscale.text import aligned
 
 if TYPE_CHECKING:
     from triscale.classify import Running
@@ -33,63 +27,6 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "float32", "bfloat16"]
 # Of the processes that torchrun has started, if it has; the first one speaks.
 PROCESSES, FIRST = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-
-
-class _Rate(ProgressColumn):
-    """Work a second, in the task's own unit."""
-
-    def render(self, task: Task) -> Text:
-        speed, unit = task.finished_speed or task.speed, task.fields.get("unit", "")
-        return Text(f"{speed * task.fields.get('per', 1):,.0f} {unit}/s" if speed and unit else "")
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _Rate(), TimeRemainingColumn(), TextColumn("left"))
-    with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=20) as bar:
-        yield bar
-
-
-def demo(out: Path = Path("runs/demo"), seeds: int = 3, workers: int | None = None) -> int:
-    """The paper's idea on real scans: a small network, four times its MACs spent in four ways, all five trained and compared.
-
-    Args:
-        out: the run folder: results.json, model.safetensors, report.html.
-        seeds: trainings of each network.
-        workers: trainings at a time, one thread each; all cores unless given.
-    """
-    import json
-
-    from triscale import demo as demo_task
-    from triscale.report import DEMO_HEADER, demo_rows, render, verdict
-
-    if seeds < 1:
-        raise ValueError(f"--seeds: expected 1 or more, found {seeds}")
-    start = time.perf_counter()
-    runs = len(demo_task.ways()) * seeds
-    print(f"{runs} trainings on scikit-learn's scans of handwritten digits: a base network and {demo_task.BUDGET} times its MACs in four ways")
-    finished = 0
-    with _bar() as bar:
-        task = bar.add_task(f"training 0 of {runs}", total=None)
-        for progress in demo_task.run(out, seeds=seeds, workers=workers):
-            bar.update(task, completed=progress.done, total=progress.total)
-            if progress.finished:
-                finished += 1
-                way, seed, top1 = progress.finished
-                bar.update(task, description=f"training {finished} of {runs}")
-                bar.console.print(
-                    f"  {way}{' network' if way == 'base' else ' scaling'}, seed {seed}: {100 * top1:.2f} % of held-out scans right", highlight=False
-                )
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    print(aligned(DEMO_HEADER, demo_rows(results["networks"])))
-    print(f"\n{verdict(results['networks'], results['budget'])}")
-    print(f"\nThe {results['best']} network on held-out scans, its least certain first:")
-    for s in results["samples"]:
-        wrong = "" if s["says"] == s["label"] else f", wrong: it is a {s['label']}"
-        print(f"  {s['name']}: {s['says']} ({100 * s['probability']:.1f} %){wrong}")
-    path = render(out)
-    print(f"\n{time.perf_counter() - start:.0f} s. Report: {path.resolve()}")
-    return 0
 
 
 @dataclass(frozen=True)
@@ -170,7 +107,7 @@ def train(options: Train) -> int:
     listing = find(options.data, options.data_dir)
     arch = _network(options, arch, len(listing.classes), channels)
     preprocess = preprocess_for(arch.resolution, channels)
-    with _bar() as bar:
+    with bars() as bar:
         task = bar.add_task("reading images", total=None, unit="images")
         splits = load(listing, preprocess, lambda done, total: bar.update(task, completed=done, total=total))
     running = _running(options, arch, len(splits.classes), channels)
@@ -245,7 +182,7 @@ def _follow(options: Train, out: Path, splits: Splits, arch: Arch, preprocess: P
     from triscale.train.loop import Note, Step
 
     saved, top1, made, epochs = 0, 0.0, not out.exists(), options.settings.epochs
-    with _bar() as bar:
+    with bars() as bar:
         task = bar.add_task("epoch 1", total=None, unit="images", per=options.settings.batch_size, visible=FIRST)
         try:
             waited = taken = 0.0
