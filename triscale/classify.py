@@ -28,7 +28,19 @@ from triscale.model import ConvNet, build
 from triscale.recipe import Preprocess, Recipe
 from triscale.run_log import RunLog, write_held_out, write_samples
 from triscale.train.checkpoint import Checkpoints, differences
-from triscale.train.dist import World, any_true, average_buffers, full_state, load_full_state, mean, parallel, same_everywhere, sharded, world
+from triscale.train.dist import (
+    World,
+    any_true,
+    average_buffers,
+    full_state,
+    load_full_state,
+    local_batch,
+    mean,
+    parallel,
+    same_everywhere,
+    sharded,
+    world,
+)
 from triscale.train.loop import EpochEnd, Note, Step, cross_entropy, fit
 from triscale.train.plan import Plan
 from triscale.train.state import TrainState
@@ -86,7 +98,7 @@ class Running:
     """How a run is carried out. None of it changes what is learnt, but as Plan says.
 
     workers: threads that prepare batches. save_every: steps between checkpoints beside those at the epochs' ends; 0: none.
-    keep: checkpoints, and the best besides. resume: from the newest whole one, if there is one. shard: the optimiser's state over
+    keep: checkpoints. resume: from the newest whole one, if there is one. shard: the optimiser's state over
     the processes. stop: asked after each step.
     """
 
@@ -172,17 +184,20 @@ class _Run:
         net = build(arch, len(splits.classes), preprocess.channels).to(here.device).to(memory_format=torch.channels_last)
         self.net: ConvNet = self._norms(net)  # type: ignore[assignment]
         self.state = TrainState(self.net, recipe, (lambda kind, groups, **o: sharded(kind, groups, here, **o)) if running.shard else None)
-        self.best, self.seconds, self.told, self.reserved = -1.0, 0.0, False, False
+        self.best, self.seconds, self.told, self.reserved, self.otherwise = -1.0, 0.0, False, False, ""
 
     def _norms(self, net: ConvNet) -> torch.nn.Module:
         """Batch norms over as many images as the recipe says, or processes as the official code has."""
-        share = min(self.recipe.batch_size, len(self.train)) // self.here.size
-        wanted = self.recipe.norm_batch or share * norm_groups(self.here.size)
-        if wanted > share:
-            if wanted % share:
-                raise ValueError(f"--norm-batch {wanted}: expected a multiple of the {share} images that each process has")
-            return share_norms(net, self.here, wanted // share)
-        return ghost_norms(net, wanted) if wanted < (self.plan.micro_batch or share) else net
+        share = local_batch(min(self.recipe.batch_size, len(self.train)), self.here)
+        together = min(self.plan.micro_batch or share, share)  # images that a process computes at a time
+        wanted = self.recipe.norm_batch or together * norm_groups(self.here.size)
+        self.identity["images a norm"] = wanted
+        if wanted > together:
+            if wanted % together or wanted // together > self.here.size:
+                most = f"{self.here.size} x {together} at a time" if self.here.size > 1 else f"{together} at a time"
+                raise ValueError(f"--norm-batch {wanted}: expected a multiple of {together} within the images computed together, {most}")
+            return share_norms(net, self.here, wanted // together)
+        return ghost_norms(net, wanted) if wanted < together else net
 
     def events(self) -> Iterator[Step | Evaluated | Saved | Resumed | Note]:
         names = self.train.names
@@ -190,6 +205,7 @@ class _Run:
         batches = Batches(self.train.images, self.train.labels, self.preprocess, self.recipe, names=names, workers=workers, share=share)
         with Checkpoints(self.out / STATES, keep=self.running.keep) as states:
             resumed = self._resume(states) if self.running.resume else None
+            same_everywhere(f"step {self.state.step}", self.here)
             if not self.writes:
                 for _ in self._fit(batches, None, states):
                     pass
@@ -199,6 +215,9 @@ class _Run:
             with RunLog(self.out, tensorboard=self.running.tensorboard, steps_per_epoch=len(batches)) as log:
                 if resumed:
                     log.resumed(self.state.step)
+                    if self.otherwise:
+                        log.note(self.otherwise)
+                        yield Note(self.otherwise)
                     yield resumed
                 else:
                     self._samples(batches)
@@ -255,7 +274,7 @@ class _Run:
 
     def _evaluate(self, event: EpochEnd, log: RunLog) -> Iterator[Evaluated | Saved]:
         """Accuracy, and the model file where this model is the one to keep."""
-        top1, top5, _ = _accuracy(self.net, self.chosen_by, self.preprocess)
+        top1, top5, _ = _accuracy(self.net, self.chosen_by, self.preprocess, self.plan.micro_batch)
         epoch, on = event.epoch + 1, "minival" if self.recipe.minival else "held-out"
         log.epoch(epoch=epoch, step=self.state.step, loss=event.loss, seconds=self.seconds, top1=top1, top5=top5)
         self.told = not self.recipe.minival
@@ -277,7 +296,8 @@ class _Run:
 
         net, card = load_model(self.out / "model.safetensors")
         held_out = self.splits.held_out
-        top1, top5, logits = _accuracy(net.to(memory_format=torch.channels_last), held_out, self.preprocess)
+        net = net.to(self.here.device).to(memory_format=torch.channels_last)
+        top1, top5, logits = _accuracy(net, held_out, self.preprocess, self.plan.micro_batch)
         pictures = held_out.images.permute(0, 2, 3, 1)
         write_held_out(self.out, logits.numpy(), held_out.labels.numpy(), held_out.names, lambda rows: [pictures[i].numpy() for i in rows])
         if self.recipe.minival:
@@ -289,7 +309,7 @@ class _Run:
     def _save(self, states: Checkpoints, log: RunLog | None, *, wait: bool = False) -> None:
         whole = full_state(self.state.optimizer, self.here) if self.running.shard else None  # every process takes part
         if self.writes:
-            about = {**self.identity, "numbers": self.state.numbers(), "best": self.best, "seconds": self.seconds, "processes": self.here.size}
+            about = {**self.identity, "numbers": self.state.numbers(), "best": self.best, "seconds": self.seconds, "under": self._under()}
             states.save(self.state.step, self.state.tensors(whole), about, wait=wait)
             if log:
                 log.saved(self.state.step, f"state-{self.state.step:08d}.safetensors")
@@ -297,6 +317,8 @@ class _Run:
     def _resume(self, states: Checkpoints) -> Resumed | None:
         found = states.newest()
         if found is None:
+            if any((self.out / STATES).glob("state-*.safetensors")):
+                raise ResumeError(f"{self.out / STATES}: no whole checkpoint in it")
             return None
         path, tensors, about = found
         different = differences({k: about.get(k) for k in self.identity}, self.identity)
@@ -305,7 +327,14 @@ class _Run:
         into = (lambda state: load_full_state(self.state.optimizer, state)) if self.running.shard else None
         self.state.load(tensors, about["numbers"], into)
         self.best, self.seconds = about["best"], about["seconds"]
+        other = differences(about.get("under", {}), self._under())
+        self.otherwise = f"going on under other conditions, so not bit for bit: {'; '.join(other)}" if other else ""
         return Resumed(self.state.step, self.state.epoch + 1)
+
+    def _under(self) -> dict[str, Any]:
+        """What changes the last bits of what is computed."""
+        threads = torch.get_num_threads() if self.here.device.type == "cpu" else 0
+        return {"processes": self.here.size, "threads": threads, "bfloat16": self.plan.bfloat16, "device": self.here.device.type}
 
     def _samples(self, batches: Batches) -> None:
         x, y, _ = next(batches.epoch(0))
@@ -323,9 +352,9 @@ def _check_labels(splits: Splits) -> None:
             raise ValueError(f"{part.names[i]}: label {int(part.labels[i])}, expected 0 to {len(splits.classes) - 1} ({len(wrong)} such images)")
 
 
-def _accuracy(net: ConvNet, images: ImageData, preprocess: Preprocess) -> tuple[float, float, Tensor]:
-    """(top-1, top-5, logits)."""
-    logits = predict_logits(net, evaluation_batches(images.images, preprocess))
+def _accuracy(net: ConvNet, images: ImageData, preprocess: Preprocess, at_a_time: int = 0) -> tuple[float, float, Tensor]:
+    """(top-1, top-5, logits). at_a_time: images, where memory is short."""
+    logits = predict_logits(net, evaluation_batches(images.images, preprocess, at_a_time or 256))
     return top_k_accuracy(logits, images.labels), top_k_accuracy(logits, images.labels, 5), logits
 
 
@@ -341,6 +370,7 @@ def _rows(data: ImageData, rows: Tensor) -> ImageData:
 
 
 def _fingerprint(splits: Splits) -> dict[str, Any]:
-    """What tells one data set from another: counts, and a sum over the names and labels of the training images."""
-    lines = "\n".join(f"{name}\t{label}" for name, label in zip(splits.train.names, splits.train.labels.tolist(), strict=True))
+    """What tells one data set from another: counts, and a sum over the names and labels of all images."""
+    both = (splits.train, splits.held_out)
+    lines = "\n".join(f"{name}\t{label}" for part in both for name, label in zip(part.names, part.labels.tolist(), strict=True))
     return {"train": len(splits.train), "held_out": len(splits.held_out), "files": f"{zlib.crc32(lines.encode()):08x}"}

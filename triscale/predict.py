@@ -98,13 +98,13 @@ def _classify(files: Sequence[str], logits_of: Callable[[Tensor], Tensor], prepr
     for i, file in enumerate(files):
         try:
             image = decode(file)
+            if reference:
+                batch[good] = torch.from_numpy(evaluate_transform(image, preprocess)).permute(1, 2, 0)
+            else:
+                evaluate_into(batch[good], image, preprocess)
         except BadImage as error:
-            reasons[i] = str(error)
+            reasons[i] = str(error) if str(error).startswith(file) else f"{file}: {error}"
             continue
-        if reference:
-            batch[good] = torch.from_numpy(evaluate_transform(image, preprocess)).permute(1, 2, 0)
-        else:
-            evaluate_into(batch[good], image, preprocess)
         good += 1
     rows: Iterator[Tensor] = iter(())
     if good:

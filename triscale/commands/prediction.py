@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from triscale.commands.running import Reading, Speed, Weights, progress
-from triscale.text import aligned
+from triscale.text import aligned, printable
 
 if TYPE_CHECKING:
     from triscale.predict import Prediction
@@ -44,6 +44,8 @@ def predict(
     """
     if top < 1:
         raise ValueError(f"--top: expected 1 or more, found {top}")
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out}: expected a file, found a folder")
     if json and csv:
         raise ValueError("--json and --csv: expected one of the two")
     speed.check()
@@ -106,7 +108,7 @@ def _writer(form: str, stream: IO[str]) -> tuple[Callable[[Prediction], object],
     if form == "csv":
         sheet: Any = csv.writer(stream, lineterminator="\n")
         sheet.writerow(("file", "rank", "class", "probability"))
-        return lambda r: sheet.writerows((r.file, i, c, f"{p:.6f}") for i, (c, p) in enumerate(r.top, 1)), stream.flush
+        return lambda r: sheet.writerows((printable(r.file), i, c, f"{p:.6f}") for i, (c, p) in enumerate(r.top, 1)), stream.flush
     rows: list[tuple[str, ...]] = []
 
     def row(result: Prediction) -> None:
@@ -135,6 +137,6 @@ def convert(source: str, destination: Path, /, *, to: Target = "triscale", readi
 
     net, card = reading.open("convert", source)
     for line in write_as(destination, net, card, to):
-        print(f"triscale convert: its modules compute otherwise, so other outputs there: {line}", file=sys.stderr)
+        print(f"triscale convert: not all modules there compute as here: {line}", file=sys.stderr)
     print(f"{destination}: {card.arch.name or 'the network'} as {to} has it, {sum(v.numel() for v in net.state_dict().values()):,} values")
     return 0

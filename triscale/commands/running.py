@@ -24,7 +24,7 @@ class Reading:
     """What a weights file doesn't say of itself."""
 
     arch: str | None = None
-    """The network of a checkpoint that doesn't tell it: a name or a .json file."""
+    """The network of a checkpoint that doesn't tell it: a name, or a .json file, whose numerics then count too."""
     raw: bool = False
     """The weights themselves where the checkpoint has moving averages of them too."""
     numerics: Literal["auto", "tensorflow", "torch"] = "auto"
@@ -44,10 +44,14 @@ class Reading:
         given = read_arch(self.arch) if self.arch else None
         entry = _entry(source)
         if entry:
-            net, card = open_model(_fetch(entry, self.offline), arch=entry.network(), raw=self.raw, preprocess=entry.preprocess)
+            if given or self.numerics != "auto":
+                raise ValueError(f"{source}: published weights know their network and numerics; leave --arch and --numerics out")
+            path = _fetch(entry, self.offline)
+            net, card = open_model(path, arch=entry.network(), raw=self.raw, preprocess=entry.preprocess, numerics="arch")
             card = replace(card, provenance={**card.provenance, "published": entry.name, "assumed": []})
         else:
-            net, card = open_model(source, arch=given, raw=self.raw, numerics=self.numerics)
+            as_given: Any = "arch" if self.arch and self.arch.endswith(".json") and self.numerics == "auto" else self.numerics
+            net, card = open_model(source, arch=given, raw=self.raw, numerics=as_given)
         if assumed := card.provenance.get("assumed"):
             print(f"triscale {command}: {os.path.basename(source)} doesn't say it, assumed: {'; '.join(assumed)}", file=sys.stderr)
         return net, replace(card, preprocess=self._preprocess(card))
@@ -60,6 +64,8 @@ class Reading:
             preprocess = replace(preprocess, size=self.size)
         if self.normalise is not None:
             mean, std = NORMALISE[self.normalise]
+            if preprocess.channels != len(mean):
+                raise ValueError(f"--normalise {self.normalise}: for colour images, and this network takes grey ones")
             preprocess = replace(preprocess, mean=mean, std=std)
         return preprocess
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ class Computing:
     precision: Precision = "auto"
     """Of convolutions: auto is bfloat16 on an accelerator that has it, float32 on a CPU."""
     memory: str | None = None
-    """Split the batch so that a step's tensors fit this, e.g. 2GB."""
+    """Split the batch so that a step's tensors fit this, e.g. 2GB, counted in float32 without --recompute."""
     micro_batch: int = 0
     """Images at a time, instead of by --memory; 0: all of a process's share."""
     recompute: bool = False
@@ -86,11 +87,11 @@ def train_options(args: list[str]) -> Train:
     """Parsed twice: the named recipe gives the defaults that the other options override."""
     name = next((args[i + 1] for i, a in enumerate(args[:-1]) if a == "--recipe"), None)
     name = next((a.split("=", 1)[1] for a in args if a.startswith("--recipe=")), name) or "quick"
-    settings = named(name)
-    if "digits" in args:  # a mirrored digit is another digit, or none; --flip still turns it on
-        settings = replace(settings, flip=False)
-    default = Train(data=tyro.MISSING, recipe=name, settings=settings)
-    return tyro.cli(Train, args=args, default=default, prog="triscale train", config=TYRO)
+    default = Train(data=tyro.MISSING, recipe=name, settings=named(name))
+    options = tyro.cli(Train, args=args, default=default, prog="triscale train", config=TYRO)
+    if options.data == "digits" and "--flip" not in args:  # a mirrored digit is another digit, or none
+        options.settings = replace(options.settings, flip=False)
+    return options
 
 
 def train(options: Train) -> int:
@@ -100,6 +101,8 @@ def train(options: Train) -> int:
     from triscale.latency import set_threads
 
     check(options.settings)
+    if options.recipe == "finetune":
+        raise ValueError("the recipe finetune starts from pretrained weights, which train can't take in this version")
     set_threads(options.computing.threads)
     arch = read_arch(options.arch)
     out = _new_folder(options, arch)
@@ -138,7 +141,9 @@ def _running(options: Train, arch: Arch, classes: int, channels: int) -> Running
         raise ValueError(f"--workers and --save-every: expected 0 or more, found {c.workers} and {options.save_every}")
     plan = Plan(c.device, c.precision, c.micro_batch, c.recompute, c.compile)
     if c.memory is not None:
-        share = options.settings.batch_size // PROCESSES
+        if c.micro_batch:
+            raise ValueError("--memory and --micro-batch: expected one of the two")
+        share = max(1, options.settings.batch_size // PROCESSES)
         plan = fit_memory(plan, arch, options.settings, classes, count(c.memory), share=share, in_channels=channels)
     return Running(plan, c.workers, options.save_every, resume=options.resume, shard=c.shard, tensorboard=options.tensorboard, stop=_StopSignal())
 
@@ -236,10 +241,29 @@ def _new_folder(options: Train, arch: Arch) -> Path:
             raise ValueError("--out: several processes need to be told their folder")
         base = Path(options.data).resolve().name
         name = f"{base}-{Path(arch.name or Path(options.arch).stem).name}".replace(" ", "-")
-        return Path("runs") / name if options.resume else _free(Path("runs"), name)
-    if not options.resume and FIRST and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        return _newest(Path("runs"), name) if options.resume else _free(Path("runs"), name)
+    if options.resume:
+        _can_go_on(options.out)
+    elif FIRST and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"--out {options.out}: exists already and is no empty folder; give another")
     return options.out
+
+
+def _can_go_on(out: Path) -> None:
+    """Refuses a folder that a resumed run would write over: one that is neither new nor a run with checkpoints."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or any((out / "states").glob("state-*.safetensors")):
+        return
+    if not (out / "recipe.json").is_file() or (out / "model.safetensors").exists():
+        raise ValueError(f"--out {out}: no checkpoint in it to go on from; give another folder, or leave --resume out")
+
+
+def _newest(folder: Path, name: str) -> Path:
+    """The last of folder/name, name-2, name-3, ... that is there, else the first."""
+    path, i = folder / name, 2
+    while (later := folder / f"{name}-{i}").exists():
+        path, i = later, i + 1
+    _can_go_on(path)
+    return path
 
 
 def _undo(out: Path, made: bool, saved: int) -> None:
@@ -248,6 +272,7 @@ def _undo(out: Path, made: bool, saved: int) -> None:
         return
     for name in ("recipe.json", "arch.json", "log.jsonl", "samples.npz"):
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)
     if (out / "states").is_dir():
         (out / "states").rmdir()
     if made and out.is_dir() and not any(out.iterdir()):

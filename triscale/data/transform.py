@@ -10,10 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from triscale.data.decode import BadImage
 from triscale.recipe import Preprocess
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
 TF_A, TF_STEPS = -0.75, 1024  # Keys' constant and the steps of the weight table in tensorflow/core/kernels/image/resize_bicubic_op.cc
+LARGEST = 1 << 26  # pixels of a resized image: 200 MB of RGB, of which the crop keeps a square
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
@@ -31,13 +33,16 @@ def plan(shape: tuple[int, ...], preprocess: Preprocess) -> Plan:
     before: side max(1, int(float32(size / (size + crop_padding)) x shorter side)), from row (height - side + 1) // 2 and
     column (width - side + 1) // 2. Source: official preprocessing.py, `_decode_and_center_crop`.
     after: the shorter side becomes size + crop_padding, the longer one int(... x longer / shorter); then size x size from row
-    round((height - size) / 2), a half to the even row. Source: torchvision's Resize and CenterCrop, which timm takes too.
+    round((height - size) / 2), a half to the even row. Source: torchvision's Resize and CenterCrop, which timm takes too. Raises
+    BadImage for an image so thin that this would not fit in memory.
     """
     height, width, size, side = *shape[:2], preprocess.size, preprocess.size + preprocess.crop_padding
     if preprocess.crop == "before":
         cut = max(1, int(np.float32(size / side) * np.float32(min(height, width))))
         return Plan(((height - cut + 1) // 2, (width - cut + 1) // 2, cut, cut), (size, size), (0, 0, size, size))
     high, wide = side, side
+    if preprocess.crop == "after" and side * side * max(height, width) > LARGEST * min(height, width):
+        raise BadImage(f"{width}x{height} pixels: too thin, its longer side would become more than {LARGEST // side} pixels")
     if preprocess.crop == "after":
         high, wide = (side, max(side, int(side * width / height))) if height <= width else (max(side, int(side * height / width)), side)
     return Plan((0, 0, height, width), (high, wide), (round((high - size) / 2), round((wide - size) / 2), size, size))

@@ -174,6 +174,8 @@ class _Stepper:
             return self.model(x)
         try:
             return self.run(x)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # the compiler's own, of which there are many
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
             self._notes.append(Note(f"torch.compile failed, going on without it: {reason}"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from triscale.architecture import Arch
@@ -37,7 +38,11 @@ def write_as(path: str | os.PathLike[str], net: ConvNet, card: ModelCard, target
     suffix; OSError where the file can't be written.
     """
     path = Path(path)
+    if path.exists():
+        raise WeightsError(f"{path}: exists already; give another name")
     if target == "triscale":
+        if not net.num_classes:
+            raise WeightsError(f"{path}: a network without classifier makes no triscale model; convert it to another target")
         if path.suffix != ".safetensors":
             raise WeightsError(f"{path}: a triscale model is a .safetensors file")
         # From now on the file says it itself; what was assumed on the way stays on record.
@@ -51,13 +56,16 @@ def write_as(path: str | os.PathLike[str], net: ConvNet, card: ModelCard, target
     state = write_state(net, dialect)
 
     def write(temporary: Path) -> None:
-        if path.suffix == ".safetensors":
-            save_file(state, temporary, metadata={"format": "pt"})
-        elif path.suffix == ".npz":
-            with open(temporary, "wb") as file:
-                np.savez(file, allow_pickle=False, **{name: value.numpy() for name, value in state.items()})
-        else:
-            torch.save({"state_dict": state} if target == "openmmlab" else state, temporary)
+        try:
+            if path.suffix == ".safetensors":
+                save_file(state, temporary, metadata={"format": "pt"})
+            elif path.suffix == ".npz":
+                with open(temporary, "wb") as file:
+                    np.savez(file, **{name: value.numpy() for name, value in state.items()})  # type: ignore[arg-type]
+            else:
+                torch.save({"state_dict": state} if target == "openmmlab" else state, temporary)
+        except (SafetensorError, RuntimeError) as error:  # a full disk comes as these
+            raise OSError(f"{path}: could not be written ({(str(error).splitlines() or ['no reason given'])[0][:160]})") from None
 
     write_whole(path, write)
     return differences(net.arch, dialect)
@@ -66,6 +74,8 @@ def write_as(path: str | os.PathLike[str], net: ConvNet, card: ModelCard, target
 def differences(arch: Arch, dialect: Dialect) -> list[str]:
     """What the code base's own modules compute differently from `arch`: they would give other outputs from these weights."""
     theirs, ours = dialect.computes(arch).numerics, arch.numerics
+    if dialect.project == "timm" and arch.name.startswith("efficientnet") and (ours.padding, ours.norm_eps) == ("same", 1e-3):
+        return [f"timm's own {arch.name} pads symmetrically, eps 1e-5; its tf_{arch.name} computes as here"]
     out = []
     for name, words in (("padding", "padding"), ("norm_eps", "batch norm epsilon")):
         if getattr(theirs, name) != getattr(ours, name):

@@ -44,9 +44,13 @@ def create_model(
         if not Path(weights).exists():
             raise
         return _from_file(name, Path(weights), num_classes, in_channels)
+    if in_channels != entry.preprocess.channels:
+        raise WeightsError(
+            f"{entry.name}: trained on {entry.preprocess.channels} input channels, not {in_channels}; weights=None builds a fresh network"
+        )
     path = fetch(entry, offline=offline)
-    if num_classes in (None, entry.classes) and in_channels == entry.preprocess.channels:
-        return _ready(open_model(path, arch=entry.network(), preprocess=entry.preprocess)[0], entry.preprocess)  # allocated once
+    if num_classes in (None, entry.classes):
+        return _ready(open_model(path, arch=entry.network(), preprocess=entry.preprocess, numerics="arch")[0], entry.preprocess)  # allocated once
     net = build(entry.network(), entry.classes if num_classes is None else num_classes, in_channels)
     return _ready(load_weights(net, path, transfer=True), entry.preprocess)
 

@@ -31,6 +31,7 @@ ORDERS = {
 }
 LARGEST = 64 << 20, 20  # bytes unpacked, and times the file's size: weights don't compress, so more is no checkpoint
 VARS = "vars"
+MOST = 200_000  # members of all groups; hard links can make 2^n paths of n groups
 
 
 def read_keras(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -71,14 +72,18 @@ def check_sizes(path: Path, members: Sequence[tuple[str, int]], size: int) -> No
         raise WeightsError(f"{path}: {total} bytes unpacked from a file of {size}: refused")
 
 
-def _datasets(h5py: Any, group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _datasets(h5py: Any, group: Any, prefix: str = "", seen: list[int] | None = None) -> Iterator[tuple[str, Any]]:
     """Every numeric dataset inside the file, by path. Links to other files and storage outside are passed over."""
+    seen = [0] if seen is None else seen
     for name in group:
+        seen[0] += 1
+        if seen[0] > MOST:
+            raise ValueError(f"more than {MOST} members")
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             continue
         item = group[name]
         if isinstance(item, h5py.Group):
-            yield from _datasets(h5py, item, f"{prefix}{name}/")
+            yield from _datasets(h5py, item, f"{prefix}{name}/", seen)
         elif item.dtype.kind in "fiu" and not item.external and not item.is_virtual:
             yield f"{prefix}{name}", item
 

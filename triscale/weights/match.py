@@ -114,15 +114,15 @@ class Identity:
     in_channels: int
 
 
-def identify(shapes: Mapping[str, Shape], arch: Arch | None = None) -> Identity:
+def identify(shapes: Mapping[str, Shape], arch: Arch | None = None, *, numerics_too: bool = False) -> Identity:
     """The dialect and network of a checkpoint. arch: where it is known; else the named network whose tensors these are.
 
     A network that lacks some tensors is named too, by most that fit; `match` then says which lack. Numerics are those of the
-    code base. Raises WeightsError where no named network comes near.
+    code base, unless the given Arch's are meant (numerics_too). Raises WeightsError where no named network comes near.
     """
     dialect = recognise(shapes)
     if arch is not None:
-        return _identity(dialect, arch, shapes)
+        return _identity(dialect, arch if numerics_too else dialect.computes(arch), shapes)
     best, best_fit = None, 0.0
     for name in arch_names():
         candidate = named_arch(name)

@@ -23,7 +23,7 @@ from triscale.weights.model_file import KEY, ModelCard, load_model
 from triscale.weights.readers import Stored, open_tensors
 from triscale.weights.zoo import Entry, published
 
-NumericsOf = Literal["auto", "tensorflow", "torch"]
+NumericsOf = Literal["auto", "tensorflow", "torch", "arch"]
 NUMERICS = {"tensorflow": {"padding": "same", "norm_eps": 1e-3}, "torch": {"padding": "symmetric", "norm_eps": 1e-5}}
 
 
@@ -41,20 +41,23 @@ def open_model(
     unless `arch` is given, the network by its shapes; numerics and preprocessing are those of the published checkpoint that
     the path names, else of the code base's plainest one for this network (`zoo.published`), class names ImageNet's for 1000
     classes. What was assumed stands in the card's provenance, key "assumed", as lines. numerics: tensorflow (SAME, 1e-3) or
-    torch (symmetric, 1e-5) where timm's names leave it open. preprocess: instead of the published one.
+    torch (symmetric, 1e-5) where timm's names leave it open, arch: those of the given Arch. preprocess: instead of the published
+    one.
 
     A network is allocated once: reading peaks at the tensors' size. Raises WeightsError, CheckpointError or ModelFileError.
     """
     stored = open_tensors(source, raw=raw)
     if KEY in stored.metadata and not isinstance(source, Mapping):
         net, card = load_model(source)
+        if numerics not in ("auto", "arch"):
+            raise WeightsError(f"{stored.label}: carries its own numerics; it can't be read with those of {numerics}")
         if arch is not None and arch != card.arch:
             raise WeightsError(f"{stored.label}: carries its own architecture ({card.arch.name or 'unnamed'}), and it is not the one given")
         return net, card if preprocess is None else ModelCard(card.arch, preprocess, card.classes, card.provenance, card.measured)
     try:
-        found = identify(stored.shapes, arch)
+        found = identify(stored.shapes, arch, numerics_too=numerics == "arch")
         row, certain = published(found.arch.name, found.dialect.project, stored.label)
-        used, said = _numerics(found, row if arch is None else None, numerics)
+        used, said = _numerics(found, row, numerics)
         matched = strict(match(stored.shapes, used, found.num_classes, found.in_channels, dialect=found.dialect))
     except WeightsError as error:
         raise WeightsError(f"{stored.label}: {error}") from None
@@ -69,6 +72,9 @@ def open_model(
     provenance: dict[str, Any] = {"source": Path(stored.label).name, "dialect": found.dialect.name, "assumed": assumed}
     if row and certain:
         provenance |= {"published": row.name, "published_top1": row.top1}
+    if preprocess.channels != found.in_channels:
+        channels = f"{found.in_channels} input channel{'s' * (found.in_channels > 1)}"
+        raise WeightsError(f"{stored.label}: a network of {channels}, but its preprocessing has {preprocess.channels}; give a Preprocess")
     classes = class_names(found.num_classes) if found.num_classes else ("features",)
     return net.eval(), ModelCard(used, preprocess, classes, provenance)
 
@@ -82,6 +88,8 @@ def describe(preprocess: Preprocess) -> str:
 
 def _numerics(found: Identity, row: Entry | None, wanted: NumericsOf) -> tuple[Arch, list[str]]:
     """The network in the numerics that the weights were trained with, and what was assumed."""
+    if wanted == "arch":
+        return found.arch, []
     if wanted != "auto":
         return found.arch.with_numerics(**NUMERICS[wanted]), []
     if row is None or found.dialect.project != "timm":
@@ -94,6 +102,8 @@ def _numerics(found: Identity, row: Entry | None, wanted: NumericsOf) -> tuple[A
 def _preprocess(found: Identity, stored: Stored, row: Entry | None) -> Preprocess:
     """The file's own normalisation, where it has layers for it, in the row's geometry."""
     preprocess = row.preprocess if row else Preprocess(found.arch.resolution)
+    if found.in_channels == 1:
+        preprocess = replace(preprocess, mean=(127.5,), std=(127.5,))
     if {"mean", "std"} <= stored.metadata.keys():
         mean, std = (tuple(json.loads(stored.metadata[key])) for key in ("mean", "std"))
         preprocess = replace(preprocess, mean=mean, std=std)

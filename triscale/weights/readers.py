@@ -6,9 +6,9 @@ in memory twice.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -25,9 +25,11 @@ from triscale.weights.dialects import WeightsError
 from triscale.weights.keras import check_sizes, read_keras
 from triscale.weights.parts import Shape
 
-# Where training scripts put the tensors. The moving average comes first: timm, OpenMMLab, torchvision's reference.
-AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema")
+# Where training scripts put the tensors. The moving average comes first: timm's and torchvision's reference.
+AVERAGES = ("state_dict_ema", "model_ema")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
+SWAPPED = ("ema_state_dict",)  # mmengine saves its average as state_dict, and the weights themselves here
+COUNTS = ("n_averaged", "steps")  # of averages
 MAX_HEADER = 100 << 20  # bytes of a safetensors header; the library's own limit
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -56,13 +58,13 @@ def open_tensors(source: str | os.PathLike[str] | Mapping[str, Tensor], *, raw: 
     beside them.
     """
     if isinstance(source, Mapping):
-        return _mapping("the state dict", dict(source))
+        return _mapping("the state dict", _unwrapped("the state dict", source, raw))
     path = Path(source)
     if path.is_dir() or path.suffix == ".index" or path.with_name(path.name + ".index").is_file():
         return _tensorflow(path, raw)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
-    pickled = (".pth", ".pt", ".bin")
+    pickled = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .pth.tar is how timm calls them; no archive
     readers: dict[str, Callable[[Path], Stored]] = {".safetensors": _safetensors, ".npz": _npz, ".h5": _keras, ".hdf5": _keras, ".keras": _keras}
     readers |= dict.fromkeys(pickled, lambda p: _pickled(p, raw))
     reader = readers.get(path.suffix.lower())
@@ -70,9 +72,9 @@ def open_tensors(source: str | os.PathLike[str] | Mapping[str, Tensor], *, raw: 
         raise WeightsError(f"{path}: expected a file {', '.join(readers)} or .index, found '{path.suffix}'")
     try:
         return reader(path)
-    except WeightsError:
+    except (WeightsError, MemoryError):
         raise
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, OSError, EOFError, KeyError, struct.error) as error:
+    except Exception as error:  # a parser on garbage may raise anything; what it says goes into our message
         raise _unreadable(path, error) from None
 
 
@@ -131,16 +133,24 @@ def _pickled(path: Path, raw: bool) -> Stored:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             check_sizes(path, [(i.filename, i.file_size) for i in archive.infolist()], path.stat().st_size)
-    state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    for key in (*WRAPPERS, *AVERAGES) if raw else (*AVERAGES, *WRAPPERS):
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the script's options, which timm and torchvision keep beside them
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = _unwrapped(str(path), state, raw)
+    # A tensor of stride 0 claims any size and stores one value.
+    check_sizes(path, [(name, value.numel() * value.element_size()) for name, value in tensors.items()], path.stat().st_size)
+    return _mapping(str(path), tensors)
+
+
+def _unwrapped(label: str, state: Any, raw: bool) -> dict[str, Tensor]:
+    """Tensors by name, taken out of a training script's wrapper and of DataParallel's `module.`. Raises WeightsError."""
+    for key in (*SWAPPED, *WRAPPERS, *AVERAGES) if raw else (*AVERAGES, *WRAPPERS, *SWAPPED):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state:
-        raise WeightsError(f"{path}: no table of tensors by name in it")
+        raise WeightsError(f"{label}: no table of tensors by name in it")
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise WeightsError(f"{path}: no table of tensors by name in it")
-    tensors = {key.removeprefix("module."): value.detach() for key, value in state.items()}
-    return _mapping(str(path), tensors)
+        raise WeightsError(f"{label}: no table of tensors by name in it")
+    return {key.removeprefix("module."): value.detach() for key, value in state.items() if key not in COUNTS}
 
 
 def _npz(path: Path) -> Stored:
