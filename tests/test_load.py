@@ -1,5 +1,6 @@
 """Real checkpoints into networks: the official TensorFlow one against its golden outputs, real weights, broken files."""
 
+import argparse
 import json
 import shutil
 import warnings
@@ -8,7 +9,9 @@ import zipfile
 import h5py
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
 import triscale as ts
@@ -238,3 +241,58 @@ def test_large_networks_are_read_one_tensor_at_a_time(shared, tmp_path, monkeypa
     with pytest.raises(CheckpointError, match="cut short"):
         ts.load_weights(net, tmp_path, raw=True)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_the_half_that_mmengine_calls_ema_holds_the_weights_themselves(tmp_path):
+    """Its hook exchanges the two before it saves, and counts in `steps`."""
+    net = ts.build(ts.arch("resnet18"), 3)
+    state = {k: v.detach() for k, v in net.state_dict().items()}
+    swapped = {"steps": torch.tensor(5), **{f"module.{k}": v + 1 for k, v in state.items()}}
+    torch.save({"state_dict": state, "ema_state_dict": swapped, "meta": {}}, tmp_path / "epoch_1.pth")
+    for raw, want in ((False, 0), (True, 1)):
+        got = ts.load_weights(ts.build(net.arch, 3), tmp_path / "epoch_1.pth", raw=raw).state_dict()
+        assert all(torch.equal(got[k], v + want) for k, v in state.items())
+
+
+def test_training_scripts_checkpoints_with_their_options(tmp_path):
+    """timm's .pth.tar and torchvision's keep an argparse.Namespace; and a state dict in a wrapper, handed over as it was loaded."""
+    net = ts.build(ts.arch("resnet18"), 3)
+    body = {"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    torch.save(body, tmp_path / "model_best.pth.tar")
+    for source in (tmp_path / "model_best.pth.tar", body):
+        got = ts.load_weights(ts.build(net.arch, 3), source).state_dict()
+        assert all(torch.equal(got[k], v) for k, v in net.state_dict().items())
+
+
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path):
+    state = ts.build(ts.arch("mobilenet_v2"), 2).state_dict()
+    state |= {"classifier.weight": torch.zeros(1).expand(10**7, 1280), "classifier.bias": torch.zeros(1).expand(10**7)}
+    torch.save(state, tmp_path / "hollow.pth")
+    with pytest.raises(WeightsError, match="unpacked"):
+        open_model(tmp_path / "hollow.pth")
+
+
+@pytest.mark.parametrize("change", [{"dtype": []}, {"data_offsets": 5}, {"data_offsets": [0]}, {"shape": "x"}, {"dtype": None}])
+def test_strange_safetensors_headers_are_one_line(tmp_path, change):
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **change}
+    for header in ({"a": entry}, {"__metadata__": [1], "a": entry}):
+        text = json.dumps(header).encode()
+        (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+        with pytest.raises(WeightsError, match=r"a\.safetensors") as error:
+            open_model(tmp_path / "a.safetensors")
+        assert "\n" not in str(error.value)
+
+
+def test_a_named_architecture_leaves_the_numerics_to_the_code_base():
+    """`--arch NAME` says which network, not how torchvision's weights were trained."""
+    net = torchvision.models.efficientnet_b0().eval()
+    found = [open_model(net.state_dict(), arch=a)[1].arch.numerics for a in (None, ts.arch("efficientnet_b0"))]
+    assert found[0] == found[1]
+    assert (found[0].padding, found[0].norm_eps) == ("symmetric", 1e-5)
+    own = ts.arch("efficientnet_b0")
+    assert open_model(net.state_dict(), arch=own, numerics="arch")[1].arch.numerics == own.numerics
+
+
+def test_networks_of_grey_images_get_grey_preprocessing():
+    net, card = open_model(timm.create_model("mobilenetv2_100", in_chans=1).state_dict())
+    assert (net.in_channels, card.preprocess.channels) == (1, 1)

@@ -143,3 +143,24 @@ def test_a_decoded_file_of_bytes_and_a_path_are_the_same(golden, tmp_path):
     (tmp_path / "a.jpg").write_bytes(data)
     assert np.array_equal(decode(data), decode(tmp_path / "a.jpg"))
     assert np.array_equal(decode(data), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+@pytest.mark.parametrize("shape", [(2, 900), (900, 3), (40, 500)])
+def test_of_thin_images_only_what_is_kept_is_made(monkeypatch, interpolation, shape):
+    """A 1x65535 image of a few bytes would be resized to 13 GB. The same pixels as of the whole, to rounding."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    preprocess = Preprocess(64, 8, "after", interpolation, **PLAIN)
+    whole = square(image, preprocess).astype(int)
+    monkeypatch.setattr("triscale.data.transform.LARGEST", 0)
+    monkeypatch.setattr("triscale.data.fast.LARGEST", 0)
+    assert np.abs(square(image, preprocess) - whole).max() <= 1
+    assert np.abs(fast(image, preprocess).transpose(1, 2, 0) - whole).max() <= 1
+
+
+def test_a_thin_image_takes_little_memory():
+    image = np.zeros((1, 65535, 3), np.uint8)
+    image[0, 32767] = 200
+    got = square(image, Preprocess(224, 32, "after"))
+    assert got.shape == (224, 224, 3)
+    assert got.max() == 200

@@ -280,7 +280,7 @@ def test_another_number_of_classes_is_said_once_and_the_trunk_is_there(served):
         assert net(x).shape == (1, 7)
         assert apart(net.features(x), reference.forward_features(x)) <= 1e-5
     assert create_model("mobilenet_v2", "timm/ra_in1k", num_classes=0, offline=True).classifier is None
-    with pytest.raises(WeightsError, match=r"conv_stem.weight \(32, 3, 3, 3\) instead of \(32, 1, 3, 3\)"):
+    with pytest.raises(WeightsError, match="trained on 3 input channels, not 1"):
         create_model("mobilenet_v2", "timm/ra_in1k", in_channels=1, offline=True)
 
 

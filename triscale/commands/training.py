@@ -199,7 +199,8 @@ def _follow(options: Train, out: Path, splits: Splits, arch: Arch, preprocess: P
                     bar.update(task, completed=event.step, total=event.steps, description=description)
                 elif isinstance(event, Evaluated):
                     top1 = event.top1
-                    line = f"epoch {event.epoch}: loss {event.train_loss:.4f}, {event.on} accuracy {100 * top1:.2f} %, {event.seconds:.0f} s"
+                    loss = f"loss {event.train_loss:.4f}, " if event.train_loss else ""  # none where only the end is told again
+                    line = f"epoch {event.epoch}: {loss}{event.on} accuracy {100 * top1:.2f} %, {event.seconds:.0f} s"
                     bar.console.print(line, highlight=False)
                 elif isinstance(event, Saved):
                     saved = event.epoch

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triscale.data.transform import GREY, check, plan, resized, tf_taps
+from triscale.data.transform import GREY, LARGEST, check, plan, resized, tf_taps
 from triscale.recipe import Preprocess
 
 
@@ -25,7 +25,7 @@ def evaluate_into(out: Tensor, image: np.ndarray, preprocess: Preprocess) -> Non
     check(image)
     (top, left, height, width), (high, wide), (row, column, tall, broad) = plan(image.shape, preprocess)
     cut = torch.from_numpy(image)[top : top + height, left : left + width]
-    if preprocess.interpolation == "nearest":  # no arithmetic to speed up, and Pillow's choice among equally near is its own
+    if preprocess.interpolation == "nearest" or high * wide > LARGEST:  # no arithmetic to speed up, and Pillow's choice among equally near is its own
         values = torch.from_numpy(resized(image, preprocess))
     elif preprocess.interpolation == "bicubic-tf":
         values = _resize_tf(cut, high, wide)[row : row + tall, column : column + broad]

@@ -15,7 +15,7 @@ from triscale.recipe import Preprocess
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
 TF_A, TF_STEPS = -0.75, 1024  # Keys' constant and the steps of the weight table in tensorflow/core/kernels/image/resize_bicubic_op.cc
-LARGEST = 1 << 26  # pixels of a resized image: 200 MB of RGB, of which the crop keeps a square
+LARGEST = 1 << 24  # pixels of a resized image that is made whole: 50 MB of RGB
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
@@ -33,16 +33,13 @@ def plan(shape: tuple[int, ...], preprocess: Preprocess) -> Plan:
     before: side max(1, int(float32(size / (size + crop_padding)) x shorter side)), from row (height - side + 1) // 2 and
     column (width - side + 1) // 2. Source: official preprocessing.py, `_decode_and_center_crop`.
     after: the shorter side becomes size + crop_padding, the longer one int(... x longer / shorter); then size x size from row
-    round((height - size) / 2), a half to the even row. Source: torchvision's Resize and CenterCrop, which timm takes too. Raises
-    BadImage for an image so thin that this would not fit in memory.
+    round((height - size) / 2), a half to the even row. Source: torchvision's Resize and CenterCrop, which timm takes too.
     """
     height, width, size, side = *shape[:2], preprocess.size, preprocess.size + preprocess.crop_padding
     if preprocess.crop == "before":
         cut = max(1, int(np.float32(size / side) * np.float32(min(height, width))))
         return Plan(((height - cut + 1) // 2, (width - cut + 1) // 2, cut, cut), (size, size), (0, 0, size, size))
     high, wide = side, side
-    if preprocess.crop == "after" and side * side * max(height, width) > LARGEST * min(height, width):
-        raise BadImage(f"{width}x{height} pixels: too thin, its longer side would become more than {LARGEST // side} pixels")
     if preprocess.crop == "after":
         high, wide = (side, max(side, int(side * width / height))) if height <= width else (max(side, int(side * height / width)), side)
     return Plan((0, 0, height, width), (high, wide), (round((high - size) / 2), round((wide - size) / 2), size, size))
@@ -73,14 +70,20 @@ def resized(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     check(image)
     (top, left, height, width), (high, wide), (row, column, tall, broad) = plan(image.shape, preprocess)
     cut = image[top : top + height, left : left + width]
+    if preprocess.interpolation == "bicubic-tf" and high * wide > LARGEST:
+        raise BadImage(f"{image.shape[1]}x{image.shape[0]} pixels: too thin to be resized to {wide}x{high}")
     if preprocess.interpolation == "bicubic-tf":
         values = resize_tf(cut, high, wide)[row : row + tall, column : column + broad]
         return values if preprocess.channels == 3 else (values @ np.array(GREY, np.float32))[:, :, None]
     # Rows, then columns, with 8 bits between, as Pillow had it when today's weights were made; from version 13 on it takes
     # columns first where the height shrinks far more than the width, which moves noise by up to 15 levels.
-    picture = Image.fromarray(np.ascontiguousarray(cut)).resize((wide, height), _FILTERS[preprocess.interpolation])
-    picture = picture.resize((wide, high), _FILTERS[preprocess.interpolation])
-    picture = picture.crop((column, row, column + broad, row + tall))
+    picture, how = Image.fromarray(np.ascontiguousarray(cut)), _FILTERS[preprocess.interpolation]
+    if high * wide > LARGEST:  # a thin image of a few bytes would become gigabytes, of which a square is kept: make only that
+        x, y = width / wide, height / high
+        picture = picture.resize((broad, height), how, (column * x, 0, (column + broad) * x, height))
+        picture = picture.resize((broad, tall), how, (0, row * y, broad, (row + tall) * y))
+    else:
+        picture = picture.resize((wide, height), how).resize((wide, high), how).crop((column, row, column + broad, row + tall))
     pixels = np.array(picture if preprocess.channels == 3 else picture.convert("L"))
     return pixels.reshape(tall, broad, preprocess.channels)
 

@@ -150,7 +150,7 @@ def _unwrapped(label: str, state: Any, raw: bool) -> dict[str, Tensor]:
         raise WeightsError(f"{label}: no table of tensors by name in it")
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise WeightsError(f"{label}: no table of tensors by name in it")
-    return {key.removeprefix("module."): value.detach() for key, value in state.items() if key not in COUNTS}
+    return {key.removeprefix("module."): v.detach() if v.requires_grad else v for key, v in state.items() if key not in COUNTS}
 
 
 def _npz(path: Path) -> Stored:
