@@ -44,7 +44,7 @@ RECIPES: dict[str, Recipe] = {
     # --macs 40M --recipe small: 59.8 % of its 500 test images in 221 s on two cores (studies/README.md).
     "small": Recipe(epochs=45, erase=0.5, weight_decay=1e-3, ema=0.995),
     # CIFAR-10 on two cores: triscale train cifar10 --arch resnet18 --macs 40M --recipe cifar10 --precision bfloat16
-    # (studies/README.md).
+    # 83.24 +- 0.20 % of its test images over three seeds, 490 s each (studies/README.md).
     "cifar10": Recipe(epochs=7, batch_size=128, lr=0.2, weight_decay=5e-4, warmup_epochs=1.0, ema=0.99),
 }
 
