@@ -41,7 +41,7 @@ RECIPES: dict[str, Recipe] = {
     # A first look at any folder. Not run as a benchmark.
     "quick": Recipe(),
     # A few thousand small photographs from scratch. triscale train cifar10-mini --arch resnet18 --resolution 32
-    # --macs 40M --recipe small: 59.8 % of its 500 test images in 221 s on two cores (studies/README.md).
+    # --macs 40M --recipe small: 59.6 % of its 500 test images in 185 s on two cores (studies/README.md).
     "small": Recipe(epochs=45, erase=0.5, weight_decay=1e-3, ema=0.995),
     # CIFAR-10 on two cores: triscale train cifar10 --arch resnet18 --macs 40M --recipe cifar10 --precision bfloat16
     # 83.24 +- 0.20 % of its test images over three seeds, 490 s each (studies/README.md).
