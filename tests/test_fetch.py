@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT
 from local_server import HANG_UP, Served, serving
 
-from triscale.weights import download
-from triscale.weights.download import FetchError
+from triscale import download
+from triscale.download import FetchError
 from triscale.weights.fetch import cache_folder, fetch, unpack
 from triscale.weights.zoo import entries
 

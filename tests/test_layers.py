@@ -21,6 +21,7 @@ LAYERS = (
         "architecture",
         "budget",
         "cost_model",
+        "download",
         "families",
         "files",
         "imagenet",

@@ -129,14 +129,34 @@ class Recipe:
     """Share of the training images held out to choose the epoch by; the final number is on the untouched images. 0: the last epoch."""
     flip: bool = True
     """Mirror half of the images."""
+    crop_area: float = 0.0
+    """Smallest share of the picture that a random crop of aspect 3/4 to 4/3 takes (the paper's: 0.08); 0: evaluation's crop."""
     shift: float = 0.125
     """Random offset either way, as a share of the side; edges are repeated."""
     erase: float = 0.0
     """Side of a random square set to the mean, as a share of the side; 0 for none."""
     augment: Augment = "none"
-    """Learned augmentation policies: autoaugment, randaugment."""
+    """Learned augmentation policies: autoaugment (v0), randaugment."""
+    rand_ops: int = 2
+    """Operations an image of randaugment."""
+    rand_magnitude: int = 10
+    """Level of randaugment's operations, 0 to 30; the official code has 17 for B5, 28 for B7 and B8."""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution that two images' shares are drawn from; 0 for none."""
+    cutmix: float = 0.0
+    """The same for pasting a box of one image into another; with both, each batch takes one of the two."""
     advprop: bool = False
     """Adversarial examples with batch norms of their own."""
+    adv_epsilon: float = 4.0
+    """Of advprop: the largest change of a pixel, on the 0..255 scale."""
+    adv_steps: int = 5
+    """Of advprop: steps of the attack; 0 takes the clean images."""
+    adv_step: float = 1.0
+    """Of advprop: the size of each, on the 0..255 scale."""
+    freeze: bool = False
+    """Train the classifier alone, a linear probe: the rest stays as loaded and runs as in evaluation."""
+    freeze_norms: bool = False
+    """Batch norms run by the statistics they were loaded with, which stay; their weights and biases are trained."""
     seed: int = 0
     """Of initial weights, order, augmentation and dropout."""
 
@@ -164,6 +184,14 @@ class Recipe:
             ("seed", 0, 1 << 40),
             ("shift", 0, 1),
             ("erase", 0, 1),
+            ("crop_area", 0, 1),
+            ("rand_ops", 1, 16),
+            ("rand_magnitude", 0, 30),
+            ("mixup", 0, 100),
+            ("cutmix", 0, 100),
+            ("adv_epsilon", 0, 255),
+            ("adv_steps", 0, 1000),
+            ("adv_step", 0, 255),
         ):
             if not low <= getattr(self, name) <= high:
                 raise RecipeError(f"Recipe.{name}: expected {low:g} to {high:g}, found {getattr(self, name)!r}")

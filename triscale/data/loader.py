@@ -62,6 +62,23 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator, part: sl
     return out
 
 
+class Finish:
+    """From uint8 pictures to the network's input, a batch at a time, on the pictures' device: flip, shift, policy, normalisation,
+    erased square, mixing.
+
+    called with images (B, C, S, S) uint8, labels (B,), a generator, and which part of how large a batch they are. Returns
+    float32 channels-last images and labels: (B,) int64, or (B, classes) float32 where the recipe mixes images. Random numbers
+    are drawn for the whole batch, on the CPU, so that a part of it gets what it would get in the whole.
+    """
+
+    def __init__(self, preprocess: Preprocess, recipe: Recipe, classes: int = 0) -> None:
+        self.preprocess, self.recipe, self.classes = preprocess, recipe, classes
+
+    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator, part: slice = slice(None), whole: int = 0) -> tuple[Tensor, Tensor]:
+        out = augment(normalise(images, self.preprocess), self.recipe, generator, part, whole)
+        return out, labels
+
+
 class Batches:
     """Epochs over images in memory: `epoch(i, start)` yields (images, labels, numbers) of epoch i's batches from `start` on.
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from triscale.weights.download import FetchError, Progress, download
+from triscale.download import FetchError, Progress, download
 from triscale.weights.zoo import Entry
 
 HUB_FILE = "model.safetensors"

@@ -25,7 +25,7 @@ Progress = Callable[[int, int | None], object]  # bytes so far, bytes in all whe
 
 
 class FetchError(OSError):
-    """A checkpoint that could not be fetched. The message is one line: where from, what happened, what to do."""
+    """A file that could not be fetched. The message is one line: where from, what happened, what to do."""
 
 
 class _CutError(Exception):
