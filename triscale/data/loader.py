@@ -74,7 +74,9 @@ class Finish:
     def __init__(self, preprocess: Preprocess, recipe: Recipe, classes: int = 0) -> None:
         self.preprocess, self.recipe, self.classes = preprocess, recipe, classes
 
-    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator, part: slice = slice(None), whole: int = 0) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator, part: slice = slice(None), whole: int = 0
+    ) -> tuple[Tensor, Tensor]:
         out = augment(normalise(images, self.preprocess), self.recipe, generator, part, whole)
         return out, labels
 
