@@ -85,14 +85,15 @@ def test_a_data_set_too_large_for_memory_says_so_before_reading(tmp_path, monkey
         load(find(str(tmp_path)), Preprocess(1024, 0))
 
 
-def test_cifar10_from_parquet(shared):
+def test_cifar10_from_parquet(shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRISCALE_HOME", str(tmp_path))
     splits = find("cifar10", str(shared / "data"))
     assert (len(splits.train), len(splits.held_out)) == (50_000, 10_000)
     assert splits.classes[0] == "airplane"
     assert splits.classes[9] == "truck"
-    file = splits.held_out[0]
-    assert Image.open(io.BytesIO(file.source)).size == (32, 32)
-    assert file.name.split("/")[1] == splits.classes[file.label]
+    for i in (0, 5000, 9999):
+        assert Image.open(io.BytesIO(splits.held_out.read(i))).size == (32, 32)
+        assert splits.held_out.name(i).split("/")[1] == splits.classes[splits.held_out.labels[i]]
 
 
 def test_batches_hold_every_image_once_an_epoch_in_an_order_of_their_own():

@@ -171,5 +171,5 @@ def test_named_recipes_are_the_papers():
     assert RECIPES["paper-gpu"] == replace(PAPER, batch_size=256)
     assert set(FINETUNE) == {"cifar10", "cifar100", "birdsnap", "stanford-cars", "flowers102", "fgvc-aircraft", "oxford-iiit-pet", "food101"}
     for name, row in FINETUNE.items():
-        steps = row.recipe().epochs * row.images / row.recipe().batch_size
+        steps = row.recipe().epochs * (row.images // row.recipe().batch_size)
         assert abs(steps / 20_000 - 1) < 0.02, name

@@ -18,7 +18,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import triscale as ts
-from triscale.classify import Evaluated, Resumed, ResumeError, Running, Stopped, check, preprocess_for, run_folder
+from triscale.classify import Evaluated, Resumed, ResumeError, Running, Stopped, preprocess_for, run_folder
 from triscale.data.datasets import ImageData, Splits
 from triscale.recipe import Recipe
 from triscale.recipes import PAPER
@@ -38,7 +38,19 @@ NET = ts.Arch(
 )
 # 20 steps of all that the paper's recipe has, and the augmentation that there is.
 RECIPE = replace(
-    PAPER, epochs=5, batch_size=24, lr=0.3, warmup_epochs=1.0, decay_epochs=0.5, augment="none", shift=0.1, erase=0.2, minival=0.1, ema=0.99, clip=5.0
+    PAPER,
+    epochs=5,
+    batch_size=24,
+    lr=0.3,
+    warmup_epochs=1.0,
+    decay_epochs=0.5,
+    augment="none",
+    crop_area=0.0,
+    shift=0.1,
+    erase=0.2,
+    minival=0.1,
+    ema=0.99,
+    clip=5.0,
 )
 
 
@@ -159,7 +171,8 @@ def test_the_minival_chooses_and_the_untouched_images_judge(whole):
     best = max(evaluated[:5], key=lambda e: e.top1)
     _, card = load_model(whole[0] / "model.safetensors")
     assert card.provenance["epoch"] == evaluated[-1].epoch == best.epoch
-    assert card.measured == {"minival_top1": best.top1, "top1": evaluated[-1].top1}
+    last = evaluated[-1]
+    assert card.measured == {"minival_top1": best.top1, "top1": last.top1, "mean_per_class": last.mean_per_class}
 
 
 @pytest.mark.parametrize("quarter", [0, 1, 2, 3])
@@ -195,11 +208,20 @@ def test_a_label_out_of_range_is_told_with_its_file(tmp_path):
         run(tmp_path / "run", data=data)
 
 
-def test_what_is_not_there_yet_is_refused():
-    with pytest.raises(ValueError, match="--augment autoaugment"):
-        check(PAPER)
-    with pytest.raises(ValueError, match="--advprop"):
-        check(replace(PAPER, advprop=True, augment="none"))
+def test_random_crops_of_images_in_memory_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="crop_area"):
+        run(tmp_path / "run", replace(RECIPE, crop_area=0.08))
+
+
+@pytest.mark.parametrize("more", [{"augment": "autoaugment"}, {"augment": "randaugment", "mixup": 0.2, "cutmix": 1.0}])
+def test_policies_and_mixing_go_on_after_a_stop_as_if_there_had_been_none(tmp_path, more):
+    recipe = replace(RECIPE, epochs=2, minival=0.0, **more)
+    want = losses(run(tmp_path / "whole", recipe))
+    steps = iter(range(100))
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", recipe, stop=lambda: next(steps) == 5)
+    assert losses(run(tmp_path / "run", recipe, resume=True, workers=2)) == want[6:]
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def start(out, *more, processes=0, net=NET):

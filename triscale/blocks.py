@@ -97,22 +97,43 @@ def recomputing() -> Iterator[None]:
         _recomputing = before
 
 
+class Switch:
+    """One for all norms of a network that have an auxiliary one: where it is on, those work in their stead."""
+
+    on = False
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm whose running variance may take the biased batch variance, as TensorFlow's does; torch stores n/(n-1) of it.
 
-    `momentum` is the weight of the new value. Counts no batches, so the state holds four tensors.
+    `momentum` is the weight of the new value. Counts no batches, so the state holds four tensors. auxiliary: a norm for
+    inputs of another distribution (train/advprop.py), None unless one is put there. Subclasses override `normalise`.
     """
 
     running_mean: Tensor
     running_var: Tensor
     momentum: float
+    auxiliary: BatchNorm | None
 
     def __init__(self, channels: int, numerics: Numerics) -> None:
         super().__init__(channels, numerics.norm_eps, numerics.norm_momentum)
         self.num_batches_tracked = None  # a tenth of the kernel launches of a training step, for a number nothing reads
         self.biased = numerics.running_variance == "biased"
+        self.register_module("auxiliary", None)
+        self.switch = Switch()
+
+    @property
+    def chosen(self) -> BatchNorm:
+        """The norm that works now: this one or its auxiliary."""
+        return self if self.auxiliary is None or not self.switch.on else self.auxiliary
 
     def forward(self, x: Tensor) -> Tensor:
+        chosen = self.chosen
+        y: Tensor = self.normalise(x) if chosen is self else chosen(x)
+        return y
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The norm itself, by its own weights and statistics."""
         if self.training and _recomputing:
             mean, var = self.running_mean.clone(), self.running_var.clone()  # autograd keeps as many tensors as the first time
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
@@ -151,7 +172,7 @@ class ConvNormAct(nn.Module):
     def _foldable(self) -> bool:
         """Evaluation without autograd or compiler, on the modules as they were built: no hook of theirs would be called."""
         conv, norm = self.conv, self.norm
-        if norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(norm) is not BatchNorm:
+        if norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(norm) is not BatchNorm or norm.chosen is not norm:
             return False
         return not (conv._forward_hooks or conv._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks)
 

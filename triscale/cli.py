@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("commands.prediction", "classify image files with any checkpoint of these networks"),
     "eval": ("commands.evaluation", "exact top-1 and top-5 on a folder, accuracy by class, confusion matrix"),
     "explain": ("commands.explaining", "where in pictures networks find their evidence, as overlays"),
+    "pack": ("commands.packing", "a data set as tar shards with an index, which training reads several times faster"),
     "convert": ("commands.prediction", "weights from any code base's names and format to another's"),
     "bench": ("commands.measuring", "latency of networks by the paper's Table 4 protocol"),
     "reproduce": ("commands.measuring", "a table or figure of the paper, ours beside it"),

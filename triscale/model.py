@@ -36,7 +36,7 @@ class ConvNet(nn.Module):
     """The network that an Arch describes. `arch` and `num_classes` stay on it.
 
     forward: (N, C, H, W) float -> logits (N, num_classes), or the pooled features (N, channels) where num_classes is 0.
-    recompute: in training, keep only the blocks' outputs and compute what is inside again in the backward pass, with the same
+    recompute: under autograd, keep only the blocks' outputs and compute what is inside again in the backward pass, with the same
     random numbers and without counting twice in batch norm's running statistics.
     """
 
@@ -82,7 +82,7 @@ class ConvNet(nn.Module):
         x = self.stem(x)
         if self.pool is not None:
             x = self.pool(x)
-        again = self.recompute and self.training and torch.is_grad_enabled()
+        again = self.recompute and torch.is_grad_enabled()  # in evaluation too: an attack's passes
         for stage in self._stage_modules():
             for block in stage:
                 x = checkpoint(block, x, use_reentrant=False, context_fn=_second_time) if again else block(x)

@@ -1,4 +1,4 @@
-"""The numbers that the EfficientNet paper prints, as rows: Tables 1, 2, 3 and 7.
+"""The numbers that the EfficientNet paper prints, as rows: Tables 1, 2, 3, 5 and 7.
 
 Costs are texts, exactly as printed, because the digits that the paper keeps are part of what it says ("0.39", "19"):
 parameters in millions, MACs in billions. The paper calls MACs (multiply-adds) "FLOPS". Accuracies are percentages on the
@@ -111,4 +111,54 @@ TABLE7: tuple[ScaledRow, ...] = (
     ScaledRow("EfficientNet-B0 w=2", "efficientnet_b0", "1.8", 78.9, (1, 2, 1)),
     ScaledRow("EfficientNet-B0 r=2", "efficientnet_b0", "1.9", 79.1, (1, 1, 2)),
     ScaledRow("EfficientNet-B0 compound", "efficientnet_b0", "1.8", 81.1, (1.4, 1.2, 1.3)),
+)
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """A network's accuracy on a data set. `params`: in millions; None: not kept here."""
+
+    model: str
+    accuracy: str
+    params: str | None = None
+
+
+@dataclass(frozen=True)
+class TransferRow:
+    """Table 5. dataset: the name that `train` knows. Against the best public and against the best reported results."""
+
+    name: str
+    dataset: str
+    public: TransferResult
+    public_ours: TransferResult
+    reported: TransferResult
+    reported_ours: TransferResult
+
+
+def _transfer(name: str, dataset: str, *results: tuple[str, str, str | None]) -> TransferRow:
+    public, public_ours, reported, reported_ours = (TransferResult(*r) for r in results)
+    return TransferRow(name, dataset, public, public_ours, reported, reported_ours)
+
+
+_B = "EfficientNet-B"
+TABLE5: tuple[TransferRow, ...] = (
+    _transfer("CIFAR-10", "cifar10", ("NASNet-A", "98.0", "85"), (_B + "0", "98.1", "4"), ("GPipe", "99.0", "556"), (_B + "7", "98.9", "64")),
+    _transfer("CIFAR-100", "cifar100", ("NASNet-A", "87.5", "85"), (_B + "0", "88.1", "4"), ("GPipe", "91.3", None), (_B + "7", "91.7", None)),
+    _transfer("Birdsnap", "birdsnap", ("Inception-v4", "81.8", "41"), (_B + "5", "82.0", "28"), ("GPipe", "83.6", None), (_B + "7", "84.3", None)),
+    _transfer(
+        "Stanford Cars", "stanford-cars", ("Inception-v4", "93.4", "41"), (_B + "3", "93.6", "10"), ("DAT", "94.8", None), (_B + "7", "94.7", None)
+    ),
+    _transfer("Flowers", "flowers102", ("Inception-v4", "98.5", "41"), (_B + "5", "98.5", "28"), ("DAT", "97.7", None), (_B + "7", "98.8", None)),
+    _transfer(
+        "FGVC Aircraft", "fgvc-aircraft", ("Inception-v4", "90.9", "41"), (_B + "3", "90.7", "10"), ("DAT", "92.9", None), (_B + "7", "92.9", None)
+    ),
+    _transfer(
+        "Oxford-IIIT Pets",
+        "oxford-iiit-pet",
+        ("ResNet-152", "94.5", "58"),
+        (_B + "4", "94.8", "17"),
+        ("GPipe", "95.9", None),
+        (_B + "6", "95.4", "41"),
+    ),
+    _transfer("Food-101", "food101", ("Inception-v4", "90.8", "41"), (_B + "4", "91.5", "17"), ("GPipe", "93.0", None), (_B + "7", "93.0", None)),
 )

@@ -125,6 +125,8 @@ class Recipe:
     """Decay of a weight average that is evaluated and saved; 0 for none."""
     norm_batch: int = 0
     """Images that batch norm takes its statistics over; 0: those that a process has at a time."""
+    norm_momentum: float = 0.0
+    """Weight of a step's statistics in batch norm's running ones; 0: the network's own."""
     minival: float = 0.0
     """Share of the training images held out to choose the epoch by; the final number is on the untouched images. 0: the last epoch."""
     flip: bool = True
@@ -185,6 +187,7 @@ class Recipe:
             ("shift", 0, 1),
             ("erase", 0, 1),
             ("crop_area", 0, 1),
+            ("norm_momentum", 0, 1),
             ("rand_ops", 1, 16),
             ("rand_magnitude", 0, 30),
             ("mixup", 0, 100),

@@ -56,17 +56,18 @@ def bench(names: list[str], /, *, relative_to: str | None = None, batch: int = 1
     return 0
 
 
-def reproduce(name: str, /, out: Path | None = None) -> int:
+def reproduce(name: str, /, out: Path | None = None, study: Path | None = None) -> int:
     """A table or figure of the paper, ours beside the paper's, with the difference.
 
     Args:
-        name: table1, table2, table3, table7, figure1 or figure5.
+        name: table1, table2, table3, table5, table7, figure1, figure3, figure4, figure5 or figure8.
         out: where a figure is written, a .png file or a folder; runs/reproduce unless given.
+        study: the folder of a study's results.jsonl, for table5, table7 and figures 3, 4 and 8; a clone's own results unless given.
     """
     from triscale.reproduce import render, reproduce
 
     if out is None and name.startswith("figure"):
         out = Path("runs/reproduce")
-    result = reproduce(name, out)
+    result = reproduce(name, out, study)
     print(render(result, shutil.get_terminal_size((160, 24)).columns))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 from dataclasses import dataclass, field, replace
@@ -16,15 +15,17 @@ from triscale.architecture import Arch
 from triscale.commands import TYRO
 from triscale.commands.bars import bars
 from triscale.commands.networks import read_arch
+from triscale.commands.run_folder import run_folder, undo
 from triscale.quantities import count, short
 from triscale.recipe import Recipe
-from triscale.recipes import named
+from triscale.recipes import FINETUNE, named
 
 if TYPE_CHECKING:
-    from triscale.classify import Running
-    from triscale.data.datasets import Splits
+    from triscale.classify import Data, Running, Start
+    from triscale.data.datasets import Listing
     from triscale.recipe import Preprocess
 
+SMALL = {"digits": 16, "cifar10": 32, "cifar100": 32}  # input sizes; their pictures are shown whole
 Precision = Literal["auto", "float32", "bfloat16"]
 # Of the processes that torchrun has started, if it has; the first one speaks.
 PROCESSES, FIRST = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
@@ -38,8 +39,13 @@ class Computing:
     """cpu, cuda, or auto."""
     threads: int | None = None
     """CPU threads; torch's own choice unless given."""
-    workers: int = 0
-    """Threads that prepare batches ahead."""
+    workers: int | None = None
+    """What prepares batches ahead: threads for images in memory (none unless given), processes for streamed ones (one a core,
+    at most 8)."""
+    stream: bool | None = None
+    """Decode images when they are needed instead of holding them in memory: what fits and isn't cropped at random is held unless given."""
+    broken_share: float = 0.05
+    """Share of the images that may be unreadable; they are left out and listed."""
     precision: Precision = "auto"
     """Of convolutions: auto is bfloat16 on an accelerator that has it, float32 on a CPU."""
     memory: str | None = None
@@ -56,19 +62,30 @@ class Computing:
 
 @dataclass
 class Train:
-    """Train a network from scratch; write a run folder with its model file, log and report."""
+    """Train a network, from scratch or from a checkpoint; write a run folder with its model file, log and report."""
 
     data: tyro.conf.Positional[str]
-    """A folder of class folders (or with train and val or test inside), digits, or cifar10."""
-    arch: str = "efficientnet_b0"
-    """A network's name, or a .json file."""
+    """A folder of class folders (or with train and val or test inside), of shards or of Parquet files; a pattern of shards,
+    'train-{000..146}.tar', also http(s)://; or digits, cifar10, cifar100, birdsnap, stanford-cars, flowers102, fgvc-aircraft,
+    oxford-iiit-pet, food101, imagenet."""
+    arch: str | None = None
+    """A network's name, or a .json file; that of --weights, else efficientnet_b0 unless given."""
+    weights: str | None = None
+    """Begin with these under a new classifier: a model file, a checkpoint of timm, torchvision, Keras and others, or a published
+    one, efficientnet_b0:imagenet-aa. With --arch up to a tenth of its tensors may be missing."""
+    raw: bool = False
+    """Of --weights, not the moving averages."""
+    offline: bool = False
+    """Of published checkpoints, only those in the cache."""
     macs: str | None = None
     """Scale the network to this budget of multiply-adds an image first, e.g. 40M."""
     resolution: int | None = None
-    """Input size; the network's own unless given (digits: 16, cifar10: 32). Where the last feature map would be smaller than
-    4x4, strides are taken out, the first ones first, before --macs is met."""
+    """Input size; the network's own unless given (from scratch, digits: 16, cifar: 32). Where the last feature map would be smaller
+    than 4x4, strides are taken out, the first ones first, before --macs is met; not with --weights."""
+    crop_padding: int | None = None
+    """Of evaluation: pixels that the crop leaves out around its side; 32 from 96 px on, else and for cifar and digits 0 unless given."""
     data_dir: str | None = None
-    """Where cifar10 lies: a folder with cifar-10-batches-py, or with its Parquet files."""
+    """Where a named data set lies, as torchvision keeps it (cifar10 also as Parquet)."""
     out: Path | None = None
     """The run folder; runs/DATA-ARCH, with a number where that is taken, unless given."""
     resume: bool = False
@@ -78,7 +95,8 @@ class Train:
     tensorboard: bool = False
     """Write TensorBoard's curves too."""
     recipe: str = "quick"
-    """Named settings, which the options below override: quick, small, cifar10, paper, paper-gpu, randaugment, advprop, finetune."""
+    """Named settings, which the options below override: quick, small, cifar10, finetune, transfer, paper, paper-gpu, randaugment,
+    advprop. transfer has the epochs of 20 000 steps for the eight data sets' names."""
     computing: Computing = field(default_factory=lambda: Computing())
     settings: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
@@ -87,65 +105,111 @@ def train_options(args: list[str]) -> Train:
     """Parsed twice: the named recipe gives the defaults that the other options override."""
     name = next((args[i + 1] for i, a in enumerate(args[:-1]) if a == "--recipe"), None)
     name = next((a.split("=", 1)[1] for a in args if a.startswith("--recipe=")), name) or "quick"
-    default = Train(data=tyro.MISSING, recipe=name, settings=named(name))
+    default = Train(data=tyro.MISSING, recipe=name, settings=_settings(name, args))
     options = tyro.cli(Train, args=args, default=default, prog="triscale train", config=TYRO)
     if options.data == "digits" and "--flip" not in args:  # a mirrored digit is another digit, or none
         options.settings = replace(options.settings, flip=False)
     return options
 
 
+def _settings(name: str, args: list[str]) -> Recipe:
+    """The named recipe; transfer's epochs are those of the data set, where it is one of the eight."""
+    data = next((a for a in args if a in FINETUNE), None)
+    return FINETUNE[data].recipe() if name == "transfer" and data else named(name)
+
+
 def train(options: Train) -> int:
     """Trains and reports. Returns the exit status: 1 where files were left out."""
-    from triscale.classify import check, preprocess_for
-    from triscale.data.datasets import find, load
+    from triscale.classify import prepare
+    from triscale.data.datasets import find
     from triscale.latency import set_threads
 
-    check(options.settings)
-    if options.recipe == "finetune":
-        raise ValueError("the recipe finetune starts from pretrained weights, which train can't take in this version")
-    set_threads(options.computing.threads)
-    arch = read_arch(options.arch)
-    out = _new_folder(options, arch)
-    channels = 1 if options.data == "digits" else 3
-    listing = find(options.data, options.data_dir)
-    arch = _network(options, arch, len(listing.classes), channels)
-    preprocess = preprocess_for(arch.resolution, channels)
+    c = options.computing
+    set_threads(c.threads)
+    if options.out is None and PROCESSES > 1:
+        raise ValueError("--out: several processes need to be told their folder")
+    arch, start, given = _beginning(options)
+    label = Path(arch.name or Path(options.arch or "network").stem).name
+    out = run_folder(options.out, f"{Path(options.data).name}-{label}", options.resume, FIRST)
+    channels = given.channels if given else 1 if options.data == "digits" else 3
     with bars() as bar:
-        task = bar.add_task("reading images", total=None, unit="images")
-        splits = load(listing, preprocess, lambda done, total: bar.update(task, completed=done, total=total))
-    running = _running(options, arch, len(splits.classes), channels)
-    left_out = splits.train.left_out + splits.held_out.left_out
+        task = bar.add_task("looking for images", total=None, unit="images", visible=FIRST)
+        watch = lambda what, done, total: bar.update(task, description=what, completed=done, total=total)  # noqa: E731
+        listing = find(options.data, options.data_dir, watch)
+        arch = _network(options, arch, len(listing.classes), channels)
+        preprocess = _preprocess(options, arch, channels, given)
+        tick = lambda done, total: bar.update(task, description="reading images", completed=done, total=total)  # noqa: E731
+        data = prepare(listing, preprocess, options.settings, stream=c.stream, broken_share=c.broken_share, progress=tick)
+    running = _running(options, arch, data, channels)
     if FIRST:
-        _describe(options, arch, splits, channels, running)
-        if listing.passed_over:
-            print(f"passed over, not images by their names: {_some(listing.passed_over)}", file=sys.stderr)
-        for reason in left_out:
-            print(f"left out: {reason}", file=sys.stderr)
-    top1 = _follow(options, out, splits, arch, preprocess, running)
+        _describe(options, arch, data, channels, running)
+        _remarks(listing)
+    top1 = _follow(options, out, data, arch, preprocess, running, start)
+    left_out = data.left_out()
     if FIRST:
         from triscale.report import render
 
         print(f"{100 * top1:.2f} % of the held-out images right. Model: {out / 'model.safetensors'}. Report: {render(out)}")
         if left_out:
-            total = len(left_out) + len(splits.train) + len(splits.held_out)
-            print(f"{len(left_out)} of {total} images could not be read and were left out", file=sys.stderr)
+            print(f"{len(left_out)} of {len(listing.train) + len(listing.held_out)} images could not be read and were left out", file=sys.stderr)
     return 1 if left_out else 0
 
 
-def _running(options: Train, arch: Arch, classes: int, channels: int) -> Running:
+def _beginning(options: Train) -> tuple[Arch, Start | None, Preprocess | None]:
+    """The network, what to load into it, and the preprocessing that came with the weights."""
+    if options.weights is None:
+        return read_arch(options.arch or "efficientnet_b0"), None, None
+    from triscale.classify import Start
+    from triscale.commands.running import Reading
+
+    if options.macs is not None:
+        raise ValueError("--macs: a network that weights are loaded into can't be scaled; leave one of the two out")
+    label = Path(options.weights).name
+    if options.arch is not None:
+        return read_arch(options.arch), Start(options.weights, raw=options.raw, label=label), None
+    net, card = Reading(raw=options.raw, offline=options.offline).open("train", options.weights)
+    return card.arch, Start(net.state_dict(), card.classes, label=label), card.preprocess
+
+
+def _preprocess(options: Train, arch: Arch, channels: int, given: Preprocess | None) -> Preprocess:
+    from triscale.classify import preprocess_for
+
+    preprocess = replace(given, size=arch.resolution) if given else preprocess_for(arch.resolution, channels)
+    padding = 0 if options.data in SMALL else options.crop_padding
+    return preprocess if padding is None else replace(preprocess, crop_padding=options.crop_padding if options.crop_padding is not None else padding)
+
+
+def _remarks(listing: Listing) -> None:
+    for note in listing.notes:
+        print(note, file=sys.stderr)
+    if listing.passed_over:
+        print(f"passed over, not images by their names: {_some(listing.passed_over)}", file=sys.stderr)
+
+
+def _running(options: Train, arch: Arch, data: Data, channels: int) -> Running:
     from triscale.classify import Running
     from triscale.train.plan import Plan, fit_memory
 
     c = options.computing
-    if c.workers < 0 or options.save_every < 0:
-        raise ValueError(f"--workers and --save-every: expected 0 or more, found {c.workers} and {options.save_every}")
+    workers = c.workers if c.workers is not None else min(8, len(os.sched_getaffinity(0))) if data.streamed else 0
+    if workers < 0 or options.save_every < 0:
+        raise ValueError(f"--workers and --save-every: expected 0 or more, found {workers} and {options.save_every}")
     plan = Plan(c.device, c.precision, c.micro_batch, c.recompute, c.compile)
     if c.memory is not None:
         if c.micro_batch:
             raise ValueError("--memory and --micro-batch: expected one of the two")
         share = max(1, options.settings.batch_size // PROCESSES)
-        plan = fit_memory(plan, arch, options.settings, classes, count(c.memory), share=share, in_channels=channels)
-    return Running(plan, c.workers, options.save_every, resume=options.resume, shard=c.shard, tensorboard=options.tensorboard, stop=_StopSignal())
+        plan = fit_memory(plan, arch, options.settings, len(data.classes), count(c.memory), share=share, in_channels=channels)
+    return Running(
+        plan,
+        workers,
+        options.save_every,
+        resume=options.resume,
+        shard=c.shard,
+        tensorboard=options.tensorboard,
+        broken_share=c.broken_share,
+        stop=_StopSignal(),
+    )
 
 
 class _StopSignal:
@@ -166,14 +230,17 @@ class _StopSignal:
         return self.asked
 
 
-def _describe(options: Train, arch: Arch, splits: Splits, channels: int, running: Running) -> None:
+def _describe(options: Train, arch: Arch, data: Data, channels: int, running: Running) -> None:
     from triscale.cost_model import cost
 
     settings, plan = options.settings, running.plan
-    c = cost(arch, len(splits.classes), channels, batch=plan.micro_batch or settings.batch_size // PROCESSES)
+    c = cost(arch, len(data.classes), channels, batch=plan.micro_batch or settings.batch_size // PROCESSES)
     memory = short(c.memory.training(1))
     print(f"{arch.name} at {arch.resolution} px: {short(c.macs)} MACs, {short(c.params)} parameters; training step {memory}B of memory")
-    print(f"{len(splits.classes)} classes, {len(splits.train)} images to train on, {len(splits.held_out)} held out ({splits.held_out_is})")
+    how = f", decoded as they are needed by {running.workers or 'no'} worker processes" if data.streamed else ""
+    print(f"{len(data.classes)} classes, {len(data.train)} images to train on, {len(data.held_out)} held out ({data.held_out_is}){how}")
+    if options.weights:
+        print(f"beginning with {options.weights}; {_trained(settings)}")
     defaults = Recipe().to_dict()
     changed = {k: v for k, v in settings.to_dict().items() if v != defaults[k]}
     print(f"recipe {options.recipe}: {', '.join(f'{k} {v:g}' if type(v) is float else f'{k} {v}' for k, v in changed.items()) or 'as it stands'}")
@@ -181,9 +248,16 @@ def _describe(options: Train, arch: Arch, splits: Splits, channels: int, running
         print(f"{plan.micro_batch} images at a time, {-(-settings.batch_size // PROCESSES // plan.micro_batch)} times a step")
 
 
-def _follow(options: Train, out: Path, splits: Splits, arch: Arch, preprocess: Preprocess, running: Running) -> float:
+def _trained(settings: Recipe) -> str:
+    if settings.freeze:
+        return "its classifier alone is trained"
+    return "all of it is trained" + (", batch norms by the statistics they came with" if settings.freeze_norms else "")
+
+
+def _follow(options: Train, out: Path, data: Data, arch: Arch, preprocess: Preprocess, running: Running, start: Start | None) -> float:
     """Carries the run out, with a bar and a line an epoch; returns the last accuracy."""
-    from triscale.classify import Evaluated, Resumed, Saved, Stopped, run_folder
+    from triscale.classify import Evaluated, Resumed, Saved, Stopped
+    from triscale.classify import run_folder as carry_out
     from triscale.train.loop import Note, Step
 
     saved, top1, made, epochs = 0, 0.0, not out.exists(), options.settings.epochs
@@ -191,7 +265,7 @@ def _follow(options: Train, out: Path, splits: Splits, arch: Arch, preprocess: P
         task = bar.add_task("epoch 1", total=None, unit="images", per=options.settings.batch_size, visible=FIRST)
         try:
             waited = taken = 0.0
-            for event in run_folder(out, splits, arch, preprocess, options.settings, options.data, running):
+            for event in carry_out(out, data, arch, preprocess, options.settings, options.data, running, start):
                 if isinstance(event, Step):
                     taken = 0.98 * taken + event.data + event.forward + event.backward + event.optimizer
                     waited = 0.98 * waited + event.data
@@ -200,7 +274,8 @@ def _follow(options: Train, out: Path, splits: Splits, arch: Arch, preprocess: P
                 elif isinstance(event, Evaluated):
                     top1 = event.top1
                     loss = f"loss {event.train_loss:.4f}, " if event.train_loss else ""  # none where only the end is told again
-                    line = f"epoch {event.epoch}: {loss}{event.on} accuracy {100 * top1:.2f} %, {event.seconds:.0f} s"
+                    by_class = f" ({100 * event.mean_per_class:.2f} % mean per class)" if abs(event.mean_per_class - event.top1) > 5e-5 else ""
+                    line = f"epoch {event.epoch}: {loss}{event.on} accuracy {100 * top1:.2f} %{by_class}, {event.seconds:.0f} s"
                     bar.console.print(line, highlight=False)
                 elif isinstance(event, Saved):
                     saved = event.epoch
@@ -212,7 +287,8 @@ def _follow(options: Train, out: Path, splits: Splits, arch: Arch, preprocess: P
         except Stopped as stop:
             raise KeyboardInterrupt(f"after step {stop.step}; the same command with --out {out} --resume goes on") from None
         except (Exception, KeyboardInterrupt):
-            _undo(out, made, saved)
+            if FIRST and made and not saved:
+                undo(out)
             raise
     return top1
 
@@ -222,8 +298,10 @@ def _network(options: Train, arch: Arch, classes: int, channels: int) -> Arch:
     from triscale.budget import Workload, fit_budget
     from triscale.scaling import Coefficients, fit_input
 
-    label = arch.name or Path(options.arch).stem
-    resolution = {"digits": 16, "cifar10": 32}.get(options.data) if options.resolution is None else options.resolution
+    label = arch.name or Path(options.arch or "").stem
+    if options.weights is not None:
+        return replace(arch, name=label, resolution=options.resolution or arch.resolution)
+    resolution = SMALL.get(options.data) if options.resolution is None else options.resolution
     arch = fit_input(arch, arch.resolution if resolution is None else resolution)
     if options.macs is not None:
         # An input size that is asked for stays: the budget is then met by depth and width alone.
@@ -235,58 +313,5 @@ def _network(options: Train, arch: Arch, classes: int, channels: int) -> Arch:
     return replace(arch, name=label)
 
 
-def _new_folder(options: Train, arch: Arch) -> Path:
-    """The run folder, which doesn't exist yet or is empty: a run never overwrites another, or anything else."""
-    if options.out is None:
-        if PROCESSES > 1:
-            raise ValueError("--out: several processes need to be told their folder")
-        base = Path(options.data).resolve().name
-        name = f"{base}-{Path(arch.name or Path(options.arch).stem).name}".replace(" ", "-")
-        return _newest(Path("runs"), name) if options.resume else _free(Path("runs"), name)
-    if options.resume:
-        _can_go_on(options.out)
-    elif FIRST and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ValueError(f"--out {options.out}: exists already and is no empty folder; give another")
-    return options.out
-
-
-def _can_go_on(out: Path) -> None:
-    """Refuses a folder that a resumed run would write over: one that is neither new nor a run with checkpoints."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or any((out / "states").glob("state-*.safetensors")):
-        return
-    if not (out / "recipe.json").is_file() or (out / "model.safetensors").exists():
-        raise ValueError(f"--out {out}: no checkpoint in it to go on from; give another folder, or leave --resume out")
-
-
-def _newest(folder: Path, name: str) -> Path:
-    """The last of folder/name, name-2, name-3, ... that is there, else the first."""
-    path, i = folder / name, 2
-    while (later := folder / f"{name}-{i}").exists():
-        path, i = later, i + 1
-    _can_go_on(path)
-    return path
-
-
-def _undo(out: Path, made: bool, saved: int) -> None:
-    """Takes away what a run without one whole epoch has left."""
-    if saved or not FIRST or not made or any((out / "states").glob("state-*")):
-        return
-    for name in ("recipe.json", "arch.json", "log.jsonl", "samples.npz"):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    if (out / "states").is_dir():
-        (out / "states").rmdir()
-    if made and out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
-
-
 def _some(items: tuple[str, ...], shown: int = 5) -> str:
     return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")
-
-
-def _free(folder: Path, name: str) -> Path:
-    """folder/name, or folder/name-2, -3, ...: the first that isn't there."""
-    path, i = folder / name, 2
-    while path.exists():
-        path, i = folder / f"{name}-{i}", i + 1
-    return path

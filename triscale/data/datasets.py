@@ -1,13 +1,18 @@
-"""Data sets by name or folder, held in memory as uint8 at the network's input size.
+"""Data sets by name, folder, shards or Parquet: found without reading images, and read into memory where they fit.
 
-DATA is a folder with one folder of images per class (or with `train` and one of `val`, `valid`, `validation`, `test`
-inside, each so), or a name: `digits` (scikit-learn's bundled scans) or `cifar10` (from a local folder).
+DATA is one of these.
+
+- a folder with one folder of images per class, or with `train` and one of `val`, `valid`, `validation`, `test` inside, each so
+- tar shards in WebDataset layout: a pattern such as train-{000000..000146}.tar or http://host/train-{000000..000146}.tar, or a
+  folder that holds train-*.tar and val-*.tar (`data/shards.py`); what `triscale pack` writes is one
+- a .parquet file, or a folder of train-*.parquet and validation-*.parquet or test-*.parquet (`data/parquet.py`)
+- a name: digits, cifar10 and so on (`data/named.py`)
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +23,23 @@ import torch
 from torch import Tensor
 
 from triscale.data.decode import IMAGE_SUFFIXES, BadImage, decode
+from triscale.data.index import INDEX
+from triscale.data.samples import Samples
+from triscale.data.sources import DataError, Folder, parts
 from triscale.data.transform import square
 from triscale.naming import unknown
 from triscale.recipe import Preprocess
+from triscale.text import printable
 
-NAMED = ("digits", "cifar10")
-HELD_OUT = 0.2  # share of each class that is kept for testing where DATA has no folder for it
-MEMORY_LIMIT = 8 << 30  # bytes of decoded images; larger sets need shards
+__all__ = ["EVALUATION_FOLDERS", "NAMED", "DataError", "ImageData", "Listing", "Splits", "find", "load"]
+
+NAMED = (
+    "digits", "cifar10", "cifar100", "birdsnap", "stanford-cars", "flowers102", "fgvc-aircraft", "oxford-iiit-pet", "food101", "imagenet",
+)  # fmt: skip
+MEMORY_LIMIT = 8 << 30  # bytes of decoded images
 EVALUATION_FOLDERS = ("val", "valid", "validation", "test")
 Progress = Callable[[int, int], None]
-
-
-class DataError(ValueError):
-    """No data set that a classifier can be trained or evaluated on. The message names the folder or file and the remedy."""
+Watch = Callable[[str, int, int], None]  # what is being prepared, done, in all
 
 
 @dataclass(frozen=True)
@@ -56,38 +65,61 @@ class Splits:
     held_out_is: str
 
 
-class _File(NamedTuple):
-    source: Path | bytes | np.ndarray
-    label: int
-    name: str
-
-
 class Listing(NamedTuple):
-    """A data set's files, found but not read. held_out_is: where the held-out ones come from.
+    """A data set's images, found but not read. held_out_is: where the held-out ones come from.
 
-    passed_over: what lies in the folders but is no image by its name, or a folder without one.
+    passed_over: what lies in the folders but is no image by its name, or a folder without one. kind: folder, shards, parquet or
+    arrays. notes: what the user should be told once, e.g. of disk space taken.
     """
 
     data: str
-    train: list[_File]
-    held_out: list[_File]
+    train: Samples
+    held_out: Samples
     classes: tuple[str, ...]
     held_out_is: str
     passed_over: tuple[str, ...] = ()
+    kind: str = "folder"
+    notes: tuple[str, ...] = ()
 
 
-def find(data: str, data_dir: str | None = None) -> Listing:
-    """The files and classes of `data`: a folder or a name; data_dir: where a named data set lies. Raises DataError."""
+def find(data: str, data_dir: str | None = None, watch: Watch | None = None, *, draw: bool = True) -> Listing:
+    """The images and classes of `data`; data_dir: where a named data set lies.
+
+    Nothing is decoded, but remote shards are fetched, and Parquet's images copied to where they can be read in any order; watch
+    is told how far that is. draw: false holds nothing out of a set that has no part for it. Raises DataError; FetchError where a server fails.
+    """
+    from triscale.data import named, parquet, shards
+
     if not data:
         raise DataError("expected a folder or a name, found an empty text")
-    if data == "digits":
-        return _digits()
-    if data == "cifar10":
-        return _cifar10(data_dir)
-    if Path(data).is_dir():
-        return _folder(Path(data))
+    if data in NAMED:
+        return named.find_named(data, data_dir, watch, draw=draw)
+    if shards.is_pattern(data):
+        return shards.find_shards(data, watch, draw=draw)
+    path = Path(data)
+    if path.is_dir():
+        return _directory(path, watch, draw)
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return parquet.find_parquet(data, [path], [], watch, draw=draw)
     hint = "" if os.sep in data or "." in data else f"; {unknown('data set', data, NAMED)}"
     raise DataError(f"{data}: no such folder{hint}")
+
+
+def _directory(root: Path, watch: Watch | None, draw: bool) -> Listing:
+    from triscale.data import parquet, shards
+
+    try:
+        if (root / INDEX).is_file():
+            return shards.find_shards(str(root), watch, draw=draw)
+        train_root = root / "train" if (root / "train").is_dir() else root
+        scan = _scan(train_root)
+        if not scan.images and any(root.glob("*.tar")):
+            return shards.find_shards(str(root), watch, draw=draw)
+        if not scan.images and (found := parquet.splits(root)):
+            return parquet.find_parquet(str(root), *found, watch, draw=draw)
+        return _folder(root, train_root, scan, draw)
+    except PermissionError as error:
+        raise DataError(f"{printable(str(error.filename))}: cannot be opened (permission denied); make it readable, or give another folder") from None
 
 
 def load(listing: Listing, preprocess: Preprocess, progress: Progress | None = None) -> Splits:
@@ -95,11 +127,11 @@ def load(listing: Listing, preprocess: Preprocess, progress: Progress | None = N
 
     Unreadable images are left out and listed; a class of which none can be read is an error. Raises DataError.
     """
-    data, train, held_out, classes, held_out_is, _ = listing
-    total = len(train) + len(held_out)
+    total = len(listing.train) + len(listing.held_out)
     size = total * preprocess.channels * preprocess.size**2
     if size > MEMORY_LIMIT:
-        raise DataError(f"{data}: {total} images at {preprocess.size} px need {size / 2**30:.1f} GiB in memory, more than {MEMORY_LIMIT >> 30}")
+        need = f"{total} images at {preprocess.size} px need {size / 2**30:.1f} GiB in memory, more than {MEMORY_LIMIT >> 30}"
+        raise DataError(f"{listing.data}: {need}; stream them instead, best from shards that triscale pack has made of them once")
     done = 0
 
     def tick() -> None:
@@ -108,141 +140,102 @@ def load(listing: Listing, preprocess: Preprocess, progress: Progress | None = N
         if progress:
             progress(done, total)
 
-    parts = [_read(part, preprocess, tick) for part in (train, held_out)]
-    for part, files in zip(parts, (train, held_out), strict=True):
-        for label in {f.label for f in files} - set(part.labels.tolist()):
-            raise DataError(f"{data}: no image of class '{classes[label]}' can be read; the first: {part.left_out[0]}")
-    return Splits(parts[0], parts[1], classes, held_out_is)
+    read = [_read(part, preprocess, tick) for part in (listing.train, listing.held_out)]
+    for part, samples in zip(read, (listing.train, listing.held_out), strict=True):
+        for label in set(samples.labels.tolist()) - set(part.labels.tolist()):
+            raise DataError(f"{listing.data}: no image of class '{listing.classes[label]}' can be read; the first: {part.left_out[0]}")
+    return Splits(read[0], read[1], listing.classes, listing.held_out_is)
 
 
-def _read(files: Sequence[_File], preprocess: Preprocess, tick: Callable[[], None]) -> ImageData:
+def picture(samples: Samples, number: int) -> np.ndarray:
+    """The decoded image, (H, W, 3) uint8. Raises BadImage, also where the file can't be read."""
+    try:
+        data = samples.read(number)
+    except OSError as error:
+        raise BadImage(f"{samples.name(number)}: cannot be opened ({printable(error.strerror or str(error))})") from None
+    return data if isinstance(data, np.ndarray) else decode(data, name=samples.name(number))
+
+
+def _read(samples: Samples, preprocess: Preprocess, tick: Callable[[], None]) -> ImageData:
     """Decodes on all cores, keeping the order."""
-    images = torch.empty(len(files), preprocess.channels, preprocess.size, preprocess.size, dtype=torch.uint8)
+    images = torch.empty(len(samples), preprocess.channels, preprocess.size, preprocess.size, dtype=torch.uint8)
     kept: list[int] = []
     left_out: list[str] = []
 
-    def one(file: _File) -> np.ndarray | BadImage:
+    def one(number: int) -> np.ndarray | BadImage:
         try:
-            image = file.source if isinstance(file.source, np.ndarray) else decode(file.source, name=file.name)
-            return square(image, preprocess)
+            return square(picture(samples, number), preprocess)
         except BadImage as error:
             return error
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for i, result in enumerate(pool.map(one, files)):
+        for i, result in enumerate(pool.map(one, range(len(samples)))):
             if isinstance(result, BadImage):
                 left_out.append(str(result))
             else:
                 images[len(kept)] = torch.from_numpy(result).permute(2, 0, 1)
                 kept.append(i)
             tick()
-    labels = torch.tensor([files[i].label for i in kept], dtype=torch.int64)
-    return ImageData(images[: len(kept)], labels, tuple(files[i].name for i in kept), tuple(left_out))
+    labels = torch.from_numpy(samples.labels[kept]) if kept else torch.empty(0, dtype=torch.int64)
+    return ImageData(images[: len(kept)], labels, tuple(map(samples.name, kept)), tuple(left_out))
 
 
-def _folder(root: Path) -> Listing:
-    train_root = root / "train" if (root / "train").is_dir() else root
-    classes = _class_folders(train_root)
+def part_of(root: Path, classes: tuple[str, ...]) -> Folder:
+    """The images of one folder of class folders, whose names are among `classes`. Raises DataError."""
+    scan = _scan(root)
+    for extra in sorted(set(scan.images) - set(classes)):
+        raise DataError(f"{printable(str(root / extra))}: no class of this name among those to train on")
+    return _samples(root, scan, classes)
+
+
+class _Scan(NamedTuple):
+    """What lies in the class folders of one folder: image names of each class, sorted; what is no image."""
+
+    images: dict[str, list[str]]
+    over: tuple[str, ...]
+
+
+def _folder(root: Path, train_root: Path, train: _Scan, draw: bool) -> Listing:
+    """A folder of class folders. Each folder is listed once, and no file is looked at."""
+    classes = tuple(sorted(train.images))
     if not classes:
-        raise DataError(f"{root}: no images found; expected one folder of images per class, e.g. {root.name}/cat/1.jpg")
+        kinds = f"one folder of images per class, e.g. {root.name}/cat/1.jpg, or train-*.tar or train-*.parquet"
+        raise DataError(f"{root}: no images found; expected {kinds}")
     if len(classes) == 1:
-        raise DataError(f"{train_root}: one class only, '{classes[0]}'; a classifier needs at least two folders of images")
-    files = _files(train_root, classes)
-    for name in EVALUATION_FOLDERS:
-        other = root / name
-        if train_root is root or not other.is_dir():
-            continue
-        for extra in set(_class_folders(other)) - set(classes):
-            raise DataError(f"{other / extra}: no class of this name in {train_root}")
-        over = _passed_over(train_root) + _passed_over(other)
-        return Listing(str(root), files, _files(other, classes), tuple(classes), f"{root.name}/{name}", over)
-    train, held_out = _hold_out(files, len(classes))
-    return Listing(str(root), train, held_out, tuple(classes), f"{HELD_OUT:.0%} of each class, by a fixed draw", _passed_over(train_root))
+        raise DataError(f"{train_root}: one class only, '{printable(classes[0])}'; a classifier needs at least two folders of images")
+    samples = _samples(train_root, train, classes)
+    other = next((root / name for name in EVALUATION_FOLDERS if (root / name).is_dir()), None) if train_root is not root else None
+    if other is None:
+        mine, held_out, held_out_is = parts(samples, len(classes), draw)
+        return Listing(str(root), mine, held_out, classes, held_out_is, train.over)
+    scan = _scan(other)
+    for extra in sorted(set(scan.images) - set(classes)):
+        raise DataError(f"{printable(str(other / extra))}: no class of this name in {train_root}")
+    if not scan.images:
+        raise DataError(f"{other}: no images found; expected the class folders of {train_root}")
+    return Listing(str(root), samples, _samples(other, scan, classes), classes, f"{root.name}/{other.name}", train.over + scan.over)
 
 
-def _class_folders(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".") and any(_images(p)))
+def _scan(root: Path) -> _Scan:
+    """Hidden entries are nobody's images."""
+    images: dict[str, list[str]] = {}
+    over: list[str] = []
+    with os.scandir(root) as entries:
+        folders = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+    for folder in folders:
+        names = sorted(name for name in os.listdir(root / folder) if not name.startswith("."))
+        found = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        if found:
+            images[folder] = found
+        elif root.name not in EVALUATION_FOLDERS:
+            over.append(f"{printable(folder)}/ (no images)")
+        if len(found) != len(names):
+            known = set(found)
+            over += [printable(f"{folder}/{name}") for name in names if name not in known]
+    return _Scan(images, tuple(over))
 
 
-def _passed_over(root: Path) -> tuple[str, ...]:
-    """Entries of the class folders that aren't read, and folders of no image; hidden ones are nobody's images."""
-    out = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        images = set(_images(folder))
-        if not images and root.name not in EVALUATION_FOLDERS:
-            out.append(f"{folder.name}/ (no images)")
-        out += [f"{folder.name}/{p.name}" for p in sorted(folder.iterdir()) if p not in images and not p.name.startswith(".")]
-    return tuple(out)
-
-
-def _images(folder: Path) -> Iterable[Path]:
-    return (p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-
-
-def _files(root: Path, classes: Sequence[str]) -> list[_File]:
-    existing = [(i, c) for i, c in enumerate(classes) if (root / c).is_dir()]
-    return [_File(p, i, f"{root.name}/{c}/{p.name}") for i, c in existing for p in _images(root / c)]
-
-
-def _hold_out(files: list[_File], classes: int) -> tuple[list[_File], list[_File]]:
-    """HELD_OUT of each class, at least one image and never all, drawn by a generator of fixed seed."""
-    train, held_out = [], []
-    generator = np.random.default_rng(0)
-    for label in range(classes):
-        mine = [f for f in files if f.label == label]
-        if len(mine) < 2:
-            raise DataError(f"{mine[0].name}: the only image of its class; at least two are needed, one of them to test on")
-        order = generator.permutation(len(mine))
-        n = min(len(mine) - 1, max(1, round(HELD_OUT * len(mine))))
-        held_out += [mine[i] for i in order[:n]]
-        train += [mine[i] for i in order[n:]]
-    return train, held_out
-
-
-def _digits() -> Listing:
-    """1,797 scans of handwritten digits, 8x8, from scikit-learn (UCI Optical Recognition of Handwritten Digits)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError("digits: needs scikit-learn, which brings the images: pip install 'triscale[demo]'") from None
-    scans = load_digits()
-    grey = np.round(scans.images * (255 / 16)).astype(np.uint8)  # 0..16
-    files = [_File(np.repeat(g[:, :, None], 3, 2), int(t), f"digits/{i:04d}") for i, (g, t) in enumerate(zip(grey, scans.target, strict=True))]
-    train, held_out = _hold_out(files, 10)
-    return Listing("digits", train, held_out, tuple("0123456789"), f"{HELD_OUT:.0%} of each class, by a fixed draw")
-
-
-def _cifar10(data_dir: str | None) -> Listing:
-    """CIFAR-10 as torchvision keeps it (`cifar-10-batches-py`), or as Parquet in the Hugging Face image layout."""
-    root = Path(data_dir or os.environ.get("TRISCALE_DATA", "data"))
-    if (root / "cifar-10-batches-py").is_dir():
-        from torchvision.datasets import CIFAR10
-
-        try:
-            parts = [CIFAR10(str(root), train=train, download=False) for train in (True, False)]
-        except RuntimeError as error:  # the check sums of its files
-            raise DataError(f"{root / 'cifar-10-batches-py'}: {str(error).splitlines()[0]}") from None
-        train, held_out = ([_File(image, int(y), f"cifar10/{i}") for i, (image, y) in enumerate(zip(p.data, p.targets, strict=True))] for p in parts)
-        return Listing("cifar10", train, held_out, tuple(parts[0].classes), "CIFAR-10's test set")
-    found = {split: sorted(p for base in (root, root / "cifar10") for p in base.glob(f"{split}-*.parquet")) for split in ("train", "test")}
-    if not all(found.values()):
-        raise DataError(f"cifar10: neither cifar-10-batches-py nor train-*.parquet and test-*.parquet in {root}; give its folder with --data-dir")
-    names = next((p for p in (found["train"][0].parent / "classes.txt",) if p.is_file()), None)
-    classes = tuple(names.read_text().split()) if names else tuple(map(str, range(10)))
-    return Listing("cifar10", _parquet(found["train"]), _parquet(found["test"]), classes, "CIFAR-10's test set")
-
-
-def _parquet(paths: Iterable[Path]) -> list[_File]:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise DataError("reading Parquet needs pyarrow: pip install 'triscale[data]'") from None
-    out = []
-    for path in paths:
-        try:
-            table = pq.read_table(path, columns=["image", "label"])
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path}: no Parquet file with columns image and label ({str(error).splitlines()[0]})") from None
-        rows = zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
-        out += [_File(image["bytes"], int(label), image["path"] or f"{path.name}:{i}") for i, (image, label) in enumerate(rows)]
-    return out
+def _samples(root: Path, scan: _Scan, classes: tuple[str, ...]) -> Folder:
+    paths = [f"{c}/{name}" for c in classes for name in scan.images.get(c, ())]
+    labels = np.repeat(np.arange(len(classes)), [len(scan.images.get(c, ())) for c in classes])
+    return Folder(root, paths, labels, prefix=f"{root.name}/")

@@ -9,7 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,54 +30,106 @@ def evaluation_batches(images: Tensor, preprocess: Preprocess, size: int = 256) 
         yield normalise(images[start : start + size], preprocess)
 
 
-def augment(images: Tensor, recipe: Recipe, generator: torch.Generator, part: slice = slice(None), whole: int = 0) -> Tensor:
-    """A random flip, shift and erased square for each image of a batch (N, C, S, S), any dtype; a new tensor.
+class Moves(NamedTuple):
+    """Of each image of a batch, (B, 1) int64 each: whether it is mirrored, its offset in rows and columns, its erased square's
+    centre. None: none of the kind."""
 
-    part, whole: the images are this part of a batch of so many, whose random numbers are drawn for all.
+    mirror: Tensor | None
+    down: Tensor | None
+    right: Tensor | None
+    row: Tensor | None
+    column: Tensor | None
 
-    Shift: by up to recipe.shift of the side either way, edges repeated. Erase: a square of zeros (on normalised images:
-    the mean), its centre anywhere, cut at the edge.
-    """
-    n, _, height, width = images.shape
+
+def draw_moves(recipe: Recipe, count: int, size: Sequence[int], generator: torch.Generator) -> Moves:
+    """For `count` images of `size` (height, width)."""
+    height, width = size
 
     def draw(low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, (whole or n, 1), generator=generator)[part]
+        return torch.randint(low, high + 1, (count, 1), generator=generator)
 
+    mirror = draw(0, 1) if recipe.flip else None
+    reach = max(1, round(recipe.shift * height)), max(1, round(recipe.shift * width))
+    down, right = (draw(-reach[0], reach[0]), draw(-reach[1], reach[1])) if recipe.shift else (None, None)
+    row, column = (draw(0, height - 1), draw(0, width - 1)) if recipe.erase else (None, None)
+    return Moves(mirror, down, right, row, column)
+
+
+def move(images: Tensor, moves: Moves, part: slice = slice(None)) -> Tensor:
+    """Images (N, C, S, S), any dtype, mirrored and shifted with edges repeated: a new channels-last tensor, or `images` itself
+    where there is nothing to do. part: which of the drawn ones they are."""
+    if moves.down is None or moves.right is None:
+        return images if moves.mirror is None else _mirror(images, moves.mirror[part])
+    n, _, height, width = images.shape
     rows, columns = torch.arange(height).expand(n, -1), torch.arange(width).expand(n, -1)
-    if recipe.flip:
-        columns = torch.where(draw(0, 1).bool(), columns.flip(1), columns)
-    if recipe.shift:
-        reach = max(1, round(recipe.shift * height)), max(1, round(recipe.shift * width))
-        rows = (rows + draw(-reach[0], reach[0])).clamp_(0, height - 1)
-        columns = (columns + draw(-reach[1], reach[1])).clamp_(0, width - 1)
-    index = torch.arange(n)[:, None, None]
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    out = images.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if recipe.erase:
-        half = max(1, round(recipe.erase * height / 2))
-        top, left = draw(0, height - 1), draw(0, width - 1)
-        inside_y = (torch.arange(height) - top).abs() < half
-        inside_x = (torch.arange(width) - left).abs() < half
-        out = out.masked_fill((inside_y[:, None, :, None] & inside_x[:, None, None, :]).to(out.device), 0)
+    if moves.mirror is not None:
+        columns = torch.where(moves.mirror[part].bool(), columns.flip(1), columns)
+    rows = (rows + moves.down[part]).clamp_(0, height - 1).to(images.device)
+    columns = (columns + moves.right[part]).clamp_(0, width - 1).to(images.device)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    if images.device.type != "cpu":  # no choice by the host there: it would have to wait for the device
+        return torch.where(chosen.bool().to(images.device)[:, :, None, None], images.flip(3), images)
+    out = images.clone(memory_format=torch.channels_last)
+    for i in chosen[:, 0].nonzero()[:, 0].tolist():
+        out[i] = images[i].flip(2)
     return out
+
+
+def erase(images: Tensor, moves: Moves, recipe: Recipe, part: slice = slice(None)) -> Tensor:
+    """Images (N, C, S, S) with a square of zeros (on normalised images: the mean) of side recipe.erase, cut at the edge."""
+    if moves.row is None or moves.column is None:
+        return images
+    height, width = images.shape[2:]
+    half = max(1, round(recipe.erase * height / 2))
+    inside_y = (torch.arange(height) - moves.row[part]).abs() < half
+    inside_x = (torch.arange(width) - moves.column[part]).abs() < half
+    return images.masked_fill((inside_y[:, None, :, None] & inside_x[:, None, None, :]).to(images.device), 0)
+
+
+def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """A random flip, shift and erased square for each image of a batch (N, C, S, S), any dtype; a new tensor.
+
+    Shift: by up to recipe.shift of the side either way, edges repeated. Erase: see `erase`; its centre is anywhere.
+    """
+    moves = draw_moves(recipe, len(images), images.shape[2:], generator)
+    out = erase(move(images, moves), moves, recipe)
+    return out.clone() if out is images else out
 
 
 class Finish:
     """From uint8 pictures to the network's input, a batch at a time, on the pictures' device: flip, shift, policy, normalisation,
     erased square, mixing.
 
-    called with images (B, C, S, S) uint8, labels (B,), a generator, and which part of how large a batch they are. Returns
-    float32 channels-last images and labels: (B,) int64, or (B, classes) float32 where the recipe mixes images. Random numbers
-    are drawn for the whole batch, on the CPU, so that a part of it gets what it would get in the whole.
+    Called with images (B, C, S, S) uint8, labels (B,) int64, a generator, and which part of how large a batch they are. Returns
+    float32 channels-last images, and labels (B,) int64, or (B, classes) float32 where the recipe mixes images. Random numbers
+    are drawn for the whole batch, on the CPU, so that a part of it gets what it would get in the whole; mixing alone is done
+    within the part.
     """
 
     def __init__(self, preprocess: Preprocess, recipe: Recipe, classes: int = 0) -> None:
+        if (recipe.mixup or recipe.cutmix) and classes < 2:
+            raise ValueError("mixup and cutmix: expected the number of classes")
         self.preprocess, self.recipe, self.classes = preprocess, recipe, classes
 
     def __call__(
         self, images: Tensor, labels: Tensor, generator: torch.Generator, part: slice = slice(None), whole: int = 0
     ) -> tuple[Tensor, Tensor]:
-        out = augment(normalise(images, self.preprocess), self.recipe, generator, part, whole)
+        recipe, whole = self.recipe, whole or len(images)
+        moves = draw_moves(recipe, whole, images.shape[2:], generator)
+        images = move(images, moves, part)
+        if recipe.augment != "none":
+            from triscale.data import batched, policies
+
+            images = batched.apply(images, policies.draw(recipe, whole, tuple(images.shape[2:]), generator)[part])
+        out = erase(normalise(images, self.preprocess), moves, recipe, part)
+        if recipe.mixup or recipe.cutmix:
+            from triscale.data.mix import mix
+
+            return mix(out, labels, self.classes, recipe, generator)
         return out, labels
 
 
@@ -87,7 +139,8 @@ class Batches:
     Order and augmentation of a batch depend on the seed, the epoch and the batch's number alone: a resumed run sees what an
     uninterrupted one sees, with any number of workers. The last, smaller batch is dropped unless it is the only one (a batch
     norm over a few images is noise). workers: threads that prepare batches ahead; 0: none. share: (rank, processes); each
-    takes its consecutive part of every batch, which `batch_size` has to divide by. numbers: places in `images`.
+    takes its consecutive part of every batch, which `batch_size` has to divide by. numbers: places in `images`. classes: for
+    recipes that mix images. device: where batches are finished.
     """
 
     def __init__(
@@ -100,13 +153,15 @@ class Batches:
         names: Sequence[str] = (),
         workers: int = 0,
         share: tuple[int, int] = (0, 1),
+        classes: int = 0,
+        device: str = "cpu",
     ) -> None:
         if len(images) != len(labels) or not len(images):
             raise ValueError(f"Batches: expected as many labels as images and at least one, found {len(images)} and {len(labels)}")
         self.images, self.labels, self.preprocess, self.recipe, self.workers = images, labels, preprocess, recipe, workers
         self.size = min(recipe.batch_size, len(images))
         self.rank, self.processes = share
-        self._names = names
+        self._names, self._device, self._finish = names, torch.device(device), Finish(preprocess, recipe, classes)
         if self.size % self.processes:
             raise ValueError(f"a batch of {self.size} images can't be shared out evenly to {self.processes} processes; another --batch-size can")
 
@@ -143,5 +198,5 @@ class Batches:
         chosen = order[i * self.size : (i + 1) * self.size]
         part = self.size // self.processes
         mine = slice(self.rank * part, (self.rank + 1) * part)
-        images = normalise(self.images[chosen[mine]], self.preprocess)
-        return augment(images, self.recipe, self._generator(epoch, i), mine, self.size), self.labels[chosen[mine]], chosen[mine]
+        images, labels = (part[chosen[mine]].to(self._device) for part in (self.images, self.labels))
+        return *self._finish(images, labels, self._generator(epoch, i), mine, self.size), chosen[mine]

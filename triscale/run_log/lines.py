@@ -59,6 +59,7 @@ class EpochLine:
     top1: float | None = None
     top5: float | None = None
     lr: float | None = None
+    mean_per_class: float | None = None
 
 
 @dataclass(frozen=True)

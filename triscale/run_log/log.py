@@ -82,11 +82,22 @@ class RunLog:
         self._write_window(self._window.add(line))
 
     def epoch(
-        self, *, epoch: int, step: int, loss: float, seconds: float, lr: float | None = None, top1: float | None = None, top5: float | None = None
+        self,
+        *,
+        epoch: int,
+        step: int,
+        loss: float,
+        seconds: float,
+        lr: float | None = None,
+        top1: float | None = None,
+        top5: float | None = None,
+        mean_per_class: float | None = None,
     ) -> None:
         """After an epoch, counted from 1. seconds: of training since its start, those before a resume too. Accuracies: 0 to 1."""
         self._write_window(self._window.flush())
-        self._write("epoch", asdict(EpochLine(epoch, _short(loss), round(seconds, 2), step, top1, top5, None if lr is None else _short(lr))))
+        self._write(
+            "epoch", asdict(EpochLine(epoch, _short(loss), round(seconds, 2), step, top1, top5, None if lr is None else _short(lr), mean_per_class))
+        )
         if self._board:
             self._board.add(step, {"held_out/top1": top1, "held_out/top5": top5})
 

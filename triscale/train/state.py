@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from triscale.recipe import Recipe
+from triscale.train.advprop import PGD
 from triscale.train.optim import WeightAverage, make_optimizer
 
 
@@ -16,10 +17,19 @@ class TrainState:
     """Model, optimiser, weight average, step and the running sum of the epoch's losses.
 
     Random numbers need no place in it: each step's follow from the seed and its number. The sampler's position is the step.
+    prepare: called after each `model.train()`, to put modules that are to stay in evaluation mode back into it. adversary: the
+    attack of a recipe with advprop, for a model with auxiliary norms, whose values and slots are state like all others.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, build: Callable[..., torch.optim.Optimizer] | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        build: Callable[..., torch.optim.Optimizer] | None = None,
+        prepare: Callable[[], object] = lambda: None,
+        adversary: PGD | None = None,
+    ) -> None:
+        self.model, self.prepare, self.adversary = model, prepare, adversary
         self.optimizer = make_optimizer(model, recipe, build)
         self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
         self.step = 0

@@ -105,9 +105,9 @@ class SharedBatchNorm(BatchNorm):
 
     peers: Peers
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return super().normalise(x)
         with torch.no_grad():
             mean, variance, count = self.peers.moments(x)
             if not blocks._recomputing:
@@ -123,10 +123,10 @@ class GhostBatchNorm(BatchNorm):
 
     images: int
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         if not self.training or len(x) <= self.images:
-            return super().forward(x)
-        return torch.cat([BatchNorm.forward(self, part) for part in torch.split(x, self.images)])
+            return super().normalise(x)
+        return torch.cat([BatchNorm.normalise(self, part) for part in torch.split(x, self.images)])
 
 
 def share_norms(model: nn.Module, world: World, group: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Training a classifier: data set, network and recipe in, a run folder out.
+"""Training a classifier: the run and its folder.
 
 A run folder holds recipe.json, log.jsonl, samples.npz and held_out.npz (for the report), model.safetensors (the last finished
 epoch, or with a minival the best on it) and states/ to resume from. The accuracy is that of the model in the file, on images
@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import json
 import time
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from triscale.architecture import Arch
-from triscale.data.datasets import ImageData, Splits
-from triscale.data.loader import Batches, evaluation_batches
+from triscale.classify.events import Evaluated, Resumed, ResumeError, Running, Saved, Stopped
+from triscale.classify.pictures import Data, Feeding, Pictures
+from triscale.classify.start import Start, start_from
+from triscale.data.datasets import Splits
 from triscale.evaluate import predict_logits, top_k_accuracy
 from triscale.files import write_text
-from triscale.model import ConvNet, build
+from triscale.model import ConvNet
 from triscale.recipe import Preprocess, Recipe
 from triscale.run_log import RunLog, write_held_out, write_samples
+from triscale.train.advprop import PGD, without_auxiliary_norms
 from triscale.train.checkpoint import Checkpoints, differences
 from triscale.train.dist import (
     World,
@@ -41,8 +43,7 @@ from triscale.train.dist import (
     sharded,
     world,
 )
-from triscale.train.loop import EpochEnd, Note, Step, cross_entropy, fit
-from triscale.train.plan import Plan
+from triscale.train.loop import BatchSource, EpochEnd, Note, Step, cross_entropy, fit
 from triscale.train.state import TrainState
 from triscale.train.syncnorm import ghost_norms, norm_groups, share_norms
 from triscale.version import __version__
@@ -52,143 +53,93 @@ STATES = "states"  # the folder of checkpoints in a run folder
 SAMPLES = 24  # augmented training images that the report shows
 
 
-class ResumeError(ValueError):
-    """A run that can't go on from its checkpoint: the message says what differs."""
+class _Judged(NamedTuple):
+    """logits (n, classes) of the pictures with these numbers (n,)."""
 
-
-class Stopped(KeyboardInterrupt):
-    """Stopped on request, after a whole step; the state is saved. `step` counts from 1."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
-        self.step = step
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The accuracy after an epoch (counted from 1), with the model that reached it. on: which images."""
-
-    epoch: int
-    train_loss: float
     top1: float
-    seconds: float
-    net: ConvNet
-    top5: float = 0.0
-    on: str = "held-out"
+    top5: float
+    mean_per_class: float
+    logits: Tensor
+    numbers: Tensor
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A model file that now stands whole."""
-
-    epoch: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """The run goes on from this step, of epoch `epoch` (from 1)."""
-
-    step: int
-    epoch: int
-
-
-@dataclass(frozen=True)
-class Running:
-    """How a run is carried out. None of it changes what is learnt, but as Plan says.
-
-    workers: threads that prepare batches. save_every: steps between checkpoints beside those at the epochs' ends; 0: none.
-    keep: checkpoints. resume: from the newest whole one, if there is one. shard: the optimiser's state over
-    the processes. stop: asked after each step.
-    """
-
-    plan: Plan = field(default_factory=Plan)
-    workers: int = 0
-    save_every: int = 0
-    keep: int = 2
-    resume: bool = False
-    shard: bool = False
-    tensorboard: bool = False
-    stop: Callable[[], bool] = lambda: False
-
-
-def preprocess_for(size: int, channels: int) -> Preprocess:
-    """The official evaluation crop from 96 px on; smaller images are taken whole. Grey images: mean and std one half."""
-    padding = 32 if size >= 96 else 0
-    return Preprocess(size, padding) if channels == 3 else Preprocess(size, padding, mean=(127.5,), std=(127.5,))
-
-
-def train_classifier(splits: Splits, arch: Arch, preprocess: Preprocess, recipe: Recipe, *, evaluate_every: int = 1) -> Iterator[Step | Evaluated]:
-    """Trains from scratch in this process, yielding each Step and, every so many epochs and after the last, an Evaluated.
+def train_classifier(
+    data: Splits | Data, arch: Arch, preprocess: Preprocess, recipe: Recipe, *, start: Start | None = None, evaluate_every: int = 1
+) -> Iterator[Step | Evaluated]:
+    """Trains in this process, yielding each Step and, every so many epochs and after the last, an Evaluated.
 
     The same arguments, seed and number of threads give the same numbers on the same machine.
     """
-    torch.manual_seed(recipe.seed)
-    net = build(arch, len(splits.classes), preprocess.channels).to(memory_format=torch.channels_last)
-    batches = Batches(splits.train.images, splits.train.labels, preprocess, recipe)
-    start = time.perf_counter()
-    for event in fit(net, batches, cross_entropy(recipe.label_smoothing), recipe):
+    data = Data.of(data)
+    network = start_from(arch, data.classes, preprocess.channels, recipe, start)
+    net = network.net
+    state = TrainState(net, recipe, prepare=network.prepare, adversary=PGD.of(recipe, preprocess) if recipe.advprop else None)
+    batches = data.train.batches(preprocess, recipe, len(data.classes), Feeding())
+    began = time.perf_counter()
+    for event in fit(net, batches, cross_entropy(recipe.label_smoothing), recipe, state=state):
         if isinstance(event, EpochEnd):
             epoch = event.epoch + 1
             if epoch % evaluate_every == 0 or epoch == recipe.epochs:
-                top1, top5, _ = _accuracy(net, splits.held_out, preprocess)
-                yield Evaluated(epoch, event.loss, top1, time.perf_counter() - start, net, top5)
+                judged = _accuracy(net, data.held_out, preprocess, Feeding())
+                seconds = time.perf_counter() - began
+                yield Evaluated(epoch, event.loss, judged.top1, seconds, net, judged.top5, mean_per_class=judged.mean_per_class)
         elif isinstance(event, Step):
             yield event
 
 
 def run_folder(
     out: Path,
-    splits: Splits,
+    data: Splits | Data,
     arch: Arch,
     preprocess: Preprocess,
     recipe: Recipe,
-    data: str,
+    name: str,
     running: Running | None = None,
+    start: Start | None = None,
 ) -> Iterator[Step | Evaluated | Saved | Resumed | Note]:
     """Trains with the run folder written as it goes, in as many processes as torchrun started; process 0 writes.
 
-    Raises ResumeError where the checkpoint is of another recipe, network or data; Stopped when asked to; OSError where the
-    folder can't be written.
+    name: what the model file calls the data. Raises ResumeError where the checkpoint is of another recipe, network or data;
+    Stopped when asked to; OSError where the folder can't be written.
     """
-    check(recipe)
     running = running or Running()
     with world(running.plan.device) as here:
-        yield from _Run(out, splits, arch, preprocess, recipe, data, running, here).events()
-
-
-def check(recipe: Recipe) -> None:
-    """Raises ValueError for what a recipe asks for and isn't there yet: never trained without it in silence."""
-    missing = [f"--augment {recipe.augment}"] if recipe.augment != "none" else []
-    missing += ["--advprop"] if recipe.advprop else []
-    if missing:
-        raise ValueError(f"the recipe asks for {' and '.join(missing)}, which this version doesn't have; --augment none --no-advprop trains without")
+        run = _Run(out, Data.of(data), arch, preprocess, recipe, name, running, start, here)
+        try:
+            yield from run.events()
+        finally:
+            run.data.close()
 
 
 class _Run:
     """One run in one process."""
 
     def __init__(
-        self, out: Path, splits: Splits, arch: Arch, preprocess: Preprocess, recipe: Recipe, data: str, running: Running, here: World
+        self, out: Path, data: Data, arch: Arch, preprocess: Preprocess, recipe: Recipe, name: str, running: Running, start: Start | None, here: World
     ) -> None:
-        self.out, self.splits, self.preprocess, self.recipe, self.running, self.here = out, splits, preprocess, recipe, running, here
-        self.arch, self.data, self.plan = arch, data, replace(running.plan, device=str(here.device))
+        self.out, self.preprocess, self.recipe, self.running, self.here = out, preprocess, recipe, running, here
+        self.arch, self.name, self.plan = arch, name, replace(running.plan, device=str(here.device))
         self.writes = here.rank == 0
-        _check_labels(splits)
-        self.train, self.chosen_by = (splits.train, splits.held_out) if not recipe.minival else _minival(splits.train, recipe.minival)
+        self.feeding = Feeding(running.workers, running.broken_share, (here.rank, here.size), str(here.device))
+        data.check_labels()
         identity = {"recipe": recipe.to_dict(), "arch": json.loads(arch.to_json()), "preprocess": preprocess.to_dict()}
-        identity |= {"classes": list(splits.classes), "data": _fingerprint(splits)}
+        identity |= {"classes": list(data.classes), "data": data.fingerprint()}
+        self.data, self.chosen_by = data.without_minival(recipe.minival) if recipe.minival else (data, data.held_out)
+        network = start_from(arch, data.classes, preprocess.channels, recipe, start)
+        if start:
+            identity["weights"] = network.weights
+        self.weights = start.label if start else ""
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         same_everywhere(json.dumps(self.identity), here)
-        torch.manual_seed(recipe.seed)
-        net = build(arch, len(splits.classes), preprocess.channels).to(here.device).to(memory_format=torch.channels_last)
-        self.net: ConvNet = self._norms(net)  # type: ignore[assignment]
-        self.state = TrainState(self.net, recipe, (lambda kind, groups, **o: sharded(kind, groups, here, **o)) if running.shard else None)
+        self.net: ConvNet = self._norms(network.net.to(here.device))  # type: ignore[assignment]
+        build = (lambda kind, groups, **o: sharded(kind, groups, here, **o)) if running.shard else None
+        self.state = TrainState(self.net, recipe, build, network.prepare, PGD.of(recipe, preprocess) if recipe.advprop else None)
         self.best, self.seconds, self.told, self.reserved, self.otherwise = -1.0, 0.0, False, False, ""
+        self.noted: set[str] = set()
 
     def _norms(self, net: ConvNet) -> torch.nn.Module:
         """Batch norms over as many images as the recipe says, or processes as the official code has."""
-        share = local_batch(min(self.recipe.batch_size, len(self.train)), self.here)
+        share = local_batch(min(self.recipe.batch_size, len(self.data.train)), self.here)
         together = min(self.plan.micro_batch or share, share)  # images that a process computes at a time
         wanted = self.recipe.norm_batch or together * norm_groups(self.here.size)
         self.identity["images a norm"] = wanted
@@ -200,9 +151,7 @@ class _Run:
         return ghost_norms(net, wanted) if wanted < together else net
 
     def events(self) -> Iterator[Step | Evaluated | Saved | Resumed | Note]:
-        names = self.train.names
-        workers, share = self.running.workers, (self.here.rank, self.here.size)
-        batches = Batches(self.train.images, self.train.labels, self.preprocess, self.recipe, names=names, workers=workers, share=share)
+        batches = self.data.train.batches(self.preprocess, self.recipe, len(self.data.classes), self.feeding)
         with Checkpoints(self.out / STATES, keep=self.running.keep) as states:
             resumed = self._resume(states) if self.running.resume else None
             same_everywhere(f"step {self.state.step}", self.here)
@@ -221,12 +170,10 @@ class _Run:
                     yield resumed
                 else:
                     self._samples(batches)
-                    left_out = self.splits.train.left_out + self.splits.held_out.left_out
-                    for reason in left_out:
-                        log.note(f"left out: {reason}")
+                    yield from self._noted(log)
                 yield from self._fit(batches, log, states)
 
-    def _fit(self, batches: Batches, log: RunLog | None, states: Checkpoints) -> Iterator[Step | Evaluated | Saved | Note]:
+    def _fit(self, batches: BatchSource, log: RunLog | None, states: Checkpoints) -> Iterator[Step | Evaluated | Saved | Note]:
         start = time.perf_counter() - self.seconds
         model = parallel(self.net, self.here)
         loss_mean = (lambda v: mean([v], self.here)[0]) if self.here.size > 1 else (lambda v: v)
@@ -253,6 +200,7 @@ class _Run:
                 self._join()
                 if self.writes and log:
                     yield from self._evaluate(event, log)
+                    yield from self._noted(log)
                 self._save(states, log)
             else:
                 if log:
@@ -274,19 +222,23 @@ class _Run:
 
     def _evaluate(self, event: EpochEnd, log: RunLog) -> Iterator[Evaluated | Saved]:
         """Accuracy, and the model file where this model is the one to keep."""
-        top1, top5, _ = _accuracy(self.net, self.chosen_by, self.preprocess, self.plan.micro_batch)
+        judged = _accuracy(self.net, self.chosen_by, self.preprocess, self.feeding, self.plan.micro_batch)
+        top1, top5, by_class = judged.top1, judged.top5, judged.mean_per_class
         epoch, on = event.epoch + 1, "minival" if self.recipe.minival else "held-out"
-        log.epoch(epoch=epoch, step=self.state.step, loss=event.loss, seconds=self.seconds, top1=top1, top5=top5)
+        log.epoch(epoch=epoch, step=self.state.step, loss=event.loss, seconds=self.seconds, top1=top1, top5=top5, mean_per_class=by_class)
         self.told = not self.recipe.minival
-        yield Evaluated(epoch, event.loss, top1, self.seconds, self.net, top5, on)
+        yield Evaluated(epoch, event.loss, top1, self.seconds, self.net, top5, on, by_class)
         if self.recipe.minival and top1 <= self.best:
             return
         self.best = top1
         path = self.out / "model.safetensors"
-        provenance = {"data": self.data, "held_out": self.splits.held_out_is, "epoch": epoch, "triscale": __version__}
+        provenance: dict[str, Any] = {"data": self.name, "held_out": self.data.held_out_is, "epoch": epoch, "triscale": __version__}
         provenance["recipe"] = self.recipe.to_dict()
-        measured = {"minival_top1" if self.recipe.minival else "top1": top1}
-        save_model(path, self.net, ModelCard(self.arch, self.preprocess, self.splits.classes, provenance, measured))
+        if self.weights:
+            provenance["from"] = self.weights
+        measured = {"minival_top1": top1} if self.recipe.minival else {"top1": top1, "mean_per_class": by_class}
+        net = without_auxiliary_norms(self.net) if self.recipe.advprop else self.net
+        save_model(path, net, ModelCard(self.arch, self.preprocess, self.data.classes, provenance, measured))
         log.saved(self.state.step, path)
         yield Saved(epoch, path)
 
@@ -295,16 +247,30 @@ class _Run:
         from triscale.weights.model_file import load_model
 
         net, card = load_model(self.out / "model.safetensors")
-        held_out = self.splits.held_out
+        held_out = self.data.held_out
         net = net.to(self.here.device).to(memory_format=torch.channels_last)
-        top1, top5, logits = _accuracy(net, held_out, self.preprocess, self.plan.micro_batch)
-        pictures = held_out.images.permute(0, 2, 3, 1)
-        write_held_out(self.out, logits.numpy(), held_out.labels.numpy(), held_out.names, lambda rows: [pictures[i].numpy() for i in rows])
+        judged = _accuracy(net, held_out, self.preprocess, self.feeding, self.plan.micro_batch)
+        numbers = judged.numbers.tolist()
+        names = [held_out.name(i) for i in numbers]
+        pixels = lambda rows: [held_out.pixels(numbers[i], self.preprocess) for i in rows]  # noqa: E731
+        write_held_out(self.out, judged.logits.numpy(), held_out.labels[judged.numbers].numpy(), names, pixels)
         if self.recipe.minival:
-            save_model(self.out / "model.safetensors", net, replace(card, measured={**card.measured, "top1": top1}))
-            log.note(f"chosen on the minival: epoch {card.provenance['epoch']}; {100 * top1:.2f} % of the untouched held-out images right")
+            measured = {**card.measured, "top1": judged.top1, "mean_per_class": judged.mean_per_class}
+            save_model(self.out / "model.safetensors", net, replace(card, measured=measured))
+            log.note(f"chosen on the minival: epoch {card.provenance['epoch']}; {100 * judged.top1:.2f} % of the untouched held-out images right")
         if not self.told:
-            yield Evaluated(int(card.provenance["epoch"]), 0.0, top1, self.seconds, net, top5)
+            epoch = int(card.provenance["epoch"])
+            yield Evaluated(epoch, 0.0, judged.top1, self.seconds, net, judged.top5, mean_per_class=judged.mean_per_class)
+
+    def _noted(self, log: RunLog) -> Iterator[Note]:
+        """What reading the images has met since this was last asked."""
+        data = self.data
+        said = [*data.train.notes, *data.held_out.notes, *(f"left out: {reason}" for reason in data.left_out())]
+        for text in said:
+            if text not in self.noted:
+                self.noted.add(text)
+                log.note(text)
+                yield Note(text)
 
     def _save(self, states: Checkpoints, log: RunLog | None, *, wait: bool = False) -> None:
         whole = full_state(self.state.optimizer, self.here) if self.running.shard else None  # every process takes part
@@ -336,41 +302,27 @@ class _Run:
         threads = torch.get_num_threads() if self.here.device.type == "cpu" else 0
         return {"processes": self.here.size, "threads": threads, "bfloat16": self.plan.bfloat16, "device": self.here.device.type}
 
-    def _samples(self, batches: Batches) -> None:
-        x, y, _ = next(batches.epoch(0))
+    def _samples(self, batches: BatchSource) -> None:
+        x, y, _ = next(iter(batches.epoch(0)))
+        y = y.argmax(1) if y.ndim == 2 else y  # of mixed images the label that has most of it
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
-        pixels = (x[:SAMPLES] * std + mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        write_samples(self.out, np.ascontiguousarray(pixels), y[:SAMPLES].numpy(), self.splits.classes)
+        pixels = (x[:SAMPLES].cpu() * std + mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        write_samples(self.out, np.ascontiguousarray(pixels), y[:SAMPLES].cpu().numpy(), self.data.classes)
 
 
-def _check_labels(splits: Splits) -> None:
-    """Raises ValueError for a label that no class has, with its file."""
-    for part in (splits.train, splits.held_out):
-        wrong = ((part.labels < 0) | (part.labels >= len(splits.classes))).nonzero()
-        if len(wrong):
-            i = int(wrong[0])
-            raise ValueError(f"{part.names[i]}: label {int(part.labels[i])}, expected 0 to {len(splits.classes) - 1} ({len(wrong)} such images)")
+def _accuracy(net: ConvNet, pictures: Pictures, preprocess: Preprocess, feeding: Feeding, at_a_time: int = 0) -> _Judged:
+    """at_a_time: images, where memory is short."""
+    numbers: list[Tensor] = []
 
+    def batches() -> Iterator[Tensor]:
+        for images, places in pictures.evaluation(preprocess, at_a_time or 256, feeding):
+            numbers.append(places)
+            yield images
 
-def _accuracy(net: ConvNet, images: ImageData, preprocess: Preprocess, at_a_time: int = 0) -> tuple[float, float, Tensor]:
-    """(top-1, top-5, logits). at_a_time: images, where memory is short."""
-    logits = predict_logits(net, evaluation_batches(images.images, preprocess, at_a_time or 256))
-    return top_k_accuracy(logits, images.labels), top_k_accuracy(logits, images.labels, 5), logits
-
-
-def _minival(train: ImageData, share: float) -> tuple[ImageData, ImageData]:
-    """The training images without a fixed random share of them, and that share: at least one image."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    count = min(len(train) - 1, max(1, round(share * len(train))))
-    return _rows(train, order[count:].sort().values), _rows(train, order[:count].sort().values)
-
-
-def _rows(data: ImageData, rows: Tensor) -> ImageData:
-    return ImageData(data.images[rows], data.labels[rows], tuple(data.names[i] for i in rows.tolist()))
-
-
-def _fingerprint(splits: Splits) -> dict[str, Any]:
-    """What tells one data set from another: counts, and a sum over the names and labels of all images."""
-    both = (splits.train, splits.held_out)
-    lines = "\n".join(f"{name}\t{label}" for part in both for name, label in zip(part.names, part.labels.tolist(), strict=True))
-    return {"train": len(splits.train), "held_out": len(splits.held_out), "files": f"{zlib.crc32(lines.encode()):08x}"}
+    logits = predict_logits(net, batches())
+    places = torch.cat(numbers)
+    labels = pictures.labels[places]
+    right = logits.argmax(1).eq(labels).double()
+    seen = torch.bincount(labels, minlength=logits.shape[1])
+    by_class = torch.bincount(labels, right, minlength=logits.shape[1])[seen > 0] / seen[seen > 0]
+    return _Judged(top_k_accuracy(logits, labels), top_k_accuracy(logits, labels, 5), float(by_class.mean()), logits, places)

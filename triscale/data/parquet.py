@@ -1,0 +1,208 @@
+"""Parquet in the Hugging Face image layout, made readable in any order.
+
+Columns: image, a struct of bytes and path (or bytes alone), and label, class numbers. Parquet is read by row groups of hundreds of
+images; so the encoded images are copied once, as they are, to one file in the cache, which all processes map into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from triscale.data.cache import cache_folder, locked
+from triscale.data.sources import DataError, Slices, Texts, parts
+from triscale.files import write_whole
+from triscale.quantities import size as size_text
+
+if TYPE_CHECKING:
+    from triscale.data.datasets import Listing, Watch
+
+EVALUATION = ("val", "valid", "validation", "test")
+IMAGE, LABEL = ("image", "img"), ("label", "fine_label")  # the second names are CIFAR's on the hub
+AT_A_TIME = 256  # images
+GROWTH = 100  # times a file's size that it may unpack to: encoded images hardly shrink
+_SPLIT = re.compile(rf"(train|{'|'.join(EVALUATION)})([-_.].*)?\.parquet")
+
+
+def splits(root: Path) -> tuple[list[Path], list[Path]] | None:
+    """(training files, evaluation files) of a folder, or of `data` in it as the hub has it; no evaluation files: all are one."""
+    for folder in (root, root / "data"):
+        files = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+        named: dict[str, list[Path]] = {}
+        for path in files:
+            match = _SPLIT.fullmatch(path.name)
+            named.setdefault(match[1] if match else "", []).append(path)
+        other = next((s for s in EVALUATION if s in named), None)
+        if files:
+            return (named["train"], named[other]) if "train" in named and other else (files, [])
+    return None
+
+
+def find_parquet(data: str, train: Sequence[Path], held_out: Sequence[Path], watch: Watch | None = None, *, draw: bool = True) -> Listing:
+    """The images of these files; without held_out, by a fixed draw. Raises DataError."""
+    from triscale.data.datasets import Listing
+
+    samples = [_samples(paths, watch) for paths in (train, held_out) if paths]
+    classes = _classes(train[0], max(int(s.labels.max()) for s in samples) + 1)
+    if len(classes) < 2:
+        raise DataError(f"{data}: one class only; a classifier needs at least two")
+    notes = tuple(f"the images in {Path(data).name} are read from a copy at {s.path} ({size_text(int(s.ends[-1]))})" for s in samples)
+    if len(samples) == 1:
+        mine, rest, held_out_is = parts(samples[0], len(classes), draw)
+        return Listing(data, mine, rest, classes, held_out_is, (), "parquet", notes)
+    match = _SPLIT.fullmatch(held_out[0].name)
+    return Listing(data, samples[0], samples[1], classes, f"{Path(data).name}/{match[1] if match else 'test'}", (), "parquet", notes)
+
+
+def _samples(paths: Sequence[Path], watch: Watch | None) -> Slices:
+    labels, names = [], []
+    for path in paths:
+        file = _open(path)
+        label, image = _column(file, LABEL, path), _column(file, IMAGE, path)
+        labels.append(_labels(file.read(columns=[label])[label], path))
+        stored = _stored_names(file, image)
+        names += [name or f"{path.name}:{i}" for i, name in enumerate(stored)]
+    both = np.concatenate(labels)
+    if not len(both):
+        raise DataError(f"{paths[0]}: no rows in it")
+    stored_at, ends = _copy(paths, watch)
+    if len(ends) != len(both) + 1:
+        raise DataError(f"{stored_at}: made of another state of {paths[0]}; delete it and call again")
+    return Slices(stored_at, ends, both, Texts(names))
+
+
+def _open(path: Path) -> Any:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError("reading Parquet needs pyarrow: pip install 'triscale[data]'") from None
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no Parquet file that can be read ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _column(file: Any, known: tuple[str, ...], path: Path) -> str:
+    names = file.schema_arrow.names
+    found = next((name for name in known if name in names), None)
+    if found is None:
+        what = "labels: a classifier needs their class numbers in it" if known is LABEL else "images"
+        raise DataError(f"{path}: no column '{known[0]}', so no {what}; found {', '.join(map(str, names[:8])) or 'no columns'}")
+    return found
+
+
+def _labels(column: Any, path: Path) -> np.ndarray:
+    import pyarrow as pa
+
+    if not pa.types.is_integer(column.type):
+        raise DataError(f"{path}: the column 'label' holds {column.type}, expected class numbers (int64)")
+    if column.null_count:
+        raise DataError(f"{path}: {column.null_count} rows have no label; a classifier needs one for each image")
+    labels = column.to_numpy().astype(np.int64)
+    if len(labels) and (labels.min() < 0 or labels.max() >= 1 << 20):
+        raise DataError(f"{path}: labels from {labels.min()} to {labels.max()}, expected class numbers from 0 (-1 stands for none, as in test sets)")
+    return labels
+
+
+def _stored_names(file: Any, image: str) -> list[str | None]:
+    import pyarrow as pa
+
+    kind = file.schema_arrow.field(image).type
+    if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+        return [None] * int(file.metadata.num_rows)
+    column = file.read(columns=[f"{image}.path"])[image].combine_chunks()
+    return list(column.flatten()[0].to_pylist()) if len(column) else []
+
+
+def _classes(path: Path, count: int) -> tuple[str, ...]:
+    """Of the schema's ClassLabel, else of classes.txt beside the file, else numbers."""
+    file = _open(path)
+    names = _class_label((file.schema_arrow.metadata or {}).get(b"huggingface", b""), _column(file, LABEL, path))
+    where = f"{path}: its schema"
+    beside = path.parent / "classes.txt"
+    if names is None and beside.is_file():
+        names, where = tuple(beside.read_text(encoding="utf-8").splitlines()), str(beside)
+    if names is not None and len(names) < count:
+        raise DataError(f"{where} has {len(names)} class names, but there is a label {count - 1}")
+    return names if names is not None else tuple(map(str, range(count)))
+
+
+def _class_label(metadata: bytes, label: str) -> tuple[str, ...] | None:
+    try:
+        names = json.loads(metadata)["info"]["features"][label]["names"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return tuple(names) if isinstance(names, list) and all(isinstance(n, str) for n in names) else None
+
+
+def _copy(paths: Sequence[Path], watch: Watch | None) -> tuple[Path, np.ndarray]:
+    """(the file of encoded images in the cache, where each ends), made unless it is there. Named after paths, sizes and times."""
+    states = [(os.path.abspath(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in paths]
+    key = hashlib.sha256(json.dumps(states).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    folder = cache_folder("parquet")
+    images, places = folder / f"{key}.images", folder / f"{key}.ends.npy"
+    with locked(images):
+        try:
+            if places.is_file() and images.is_file():
+                ends = np.load(places, allow_pickle=False)
+                if ends.dtype == np.int64 and ends.ndim == 1 and images.stat().st_size == ends[-1]:
+                    return images, ends
+            lengths: list[np.ndarray] = []
+            write_whole(images, lambda temporary: lengths.extend(_write(temporary, paths, watch)))
+            ends = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+            write_whole(places, lambda temporary: _save(temporary, ends))
+        except OSError as error:
+            need = size_text(sum(s[1] for s in states))
+            raise DataError(f"{folder}: could not be written ({error.strerror or error}); it takes {need}: make room, or set TRISCALE_HOME") from None
+    return images, ends
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+def _write(temporary: Path, paths: Sequence[Path], watch: Watch | None) -> list[np.ndarray]:
+    lengths, done, total = [], 0, sum(_open(p).metadata.num_rows for p in paths)
+    with open(temporary, "wb") as out:
+        for path in paths:
+            limit = out.tell() + GROWTH * path.stat().st_size + (1 << 20)
+            for part in _encoded(path, out):
+                lengths.append(part)
+                done += len(part)
+                if out.tell() > limit:
+                    raise DataError(f"{path}: its images take more than {GROWTH} times the file's size; it is not what it seems")
+                if watch:
+                    watch("copying images out of Parquet", done, total)
+    return lengths
+
+
+def _encoded(path: Path, out: IO[bytes]) -> Iterator[np.ndarray]:
+    """Writes the image files one after the other; yields their lengths, AT_A_TIME of them. A missing one has 0 bytes."""
+    import pyarrow as pa
+
+    file = _open(path)
+    image = _column(file, IMAGE, path)
+    kind = file.schema_arrow.field(image).type
+    inner = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+    if inner < 0 and not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise DataError(f"{path}: the column '{image}' holds {kind}, expected a struct of bytes and path, or binary")
+    try:
+        for batch in file.iter_batches(AT_A_TIME, columns=[f"{image}.bytes" if inner >= 0 else image]):
+            column = batch.column(0)
+            files = (column.flatten()[0] if inner >= 0 else column).cast(pa.large_binary())
+            lengths = [out.write(memoryview(f.as_buffer())) if f.is_valid else 0 for f in files]
+            yield np.array(lengths, np.int64)
+    except (pa.ArrowInvalid, pa.ArrowIOError) as error:
+        raise DataError(f"{path}: corrupt Parquet ({_line(error)})") from None
