@@ -159,6 +159,26 @@ def table(rates):
     return rows
 
 
+def described(rows):
+    """Paragraphs and (header, rows) of tables for docs/benchmarks.md."""
+    rates, profile = [r for r in rows if "profile" not in r], [r for r in rows if "profile" in r]
+    cells = [
+        [r["library"], r["source"], r["product"], r["augment"], f"{r['images_per_cpu_s']:.0f}", f"{r['min']:.0f} to {r['max']:.0f}",
+         f"{r['times_timm']:.2f} ({r['times_timm_min']:.2f} to {r['times_timm_max']:.2f})"] for r in rates
+    ]  # fmt: skip
+    yield ["library", "from", "batch of", "AutoAugment", "images/s, median", "range", "times timm from original files"], cells
+    yield (
+        "One worker process each; CPU time of worker and parent together, once they run. All: random crop of area 0.08 to 1, bicubic, "
+        f"mirror. uint8: as timm's workers give it; normalised: float32 after its PrefetchLoader. Pack: short side {SHORT_SIDE}, `triscale pack`. "
+        'AutoAugment: ours v0 on whole batches, on the CPU here; timm\'s "original" an image at a time.'
+    )
+    yield "What one image takes, by section; the profiler adds its own to the parts but not to the whole:"
+    sources = list(dict.fromkeys(r["profile"] for r in profile))
+    found = {(r["profile"], r["part"]): f"{r['us_per_image']:.0f}" for r in profile}
+    parts = dict.fromkeys(r["part"] for r in profile)
+    yield ["part", *(f"{source}, µs" for source in sources)], [[part, *(found.get((s, part), "—") for s in sources)] for part in parts]
+
+
 SECTIONS = {
     "read": "read the file",
     "header": "parse the header",

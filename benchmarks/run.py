@@ -1,6 +1,6 @@
 """Runs every benchmark with pinned cores; writes results/*.json with versions and machine, and docs/benchmarks.md from them.
 
-python -m benchmarks.run [startup] [forward_b0] [training_step] [predict] [memory]
+python -m benchmarks.run [startup] [forward_b0] [training_step] [predict] [memory] [loader]
 """
 
 import importlib
@@ -12,13 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import loader
 from benchmarks.forward_b0 import ratios
 from triscale.report import DEMO_HEADER, demo_plot, demo_rows, verdict
 
 HERE = Path(__file__).parent
 RESULTS, PAGE, README = HERE / "results", HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md"
 DEMO = HERE.parent / "studies" / "demo" / "results.json"
-CORES = {"startup": 2, "forward_b0": 1, "training_step": 2, "predict": 2, "memory": 2}
+CORES = {"startup": 2, "forward_b0": 1, "training_step": 2, "predict": 2, "memory": 2, "loader": 2}
 
 
 def machine(cores):
@@ -152,6 +153,9 @@ def page():
             table(["file", "by", "peak GB", "of the tensors' size", "limit"], cells),
             "Resident memory above that of the same process before, the network itself included.",
         ]
+    if "loader" in bodies:
+        title = "## From JPEG bytes to 224-px training batches: images a second of CPU time"
+        parts += [title, about(bodies["loader"]), *(p if isinstance(p, str) else table(*p) for p in loader.described(bodies["loader"]["rows"]))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -219,12 +219,10 @@ def test_the_auxiliary_norms_start_as_copies_and_draw_nothing():
         pass
 
 
-@pytest.mark.parametrize("kind", [BatchNorm, GhostBatchNorm, SharedBatchNorm])
+@pytest.mark.parametrize("kind", [BatchNorm, GhostBatchNorm])
 @pytest.mark.parametrize("first", [True, False])
 def test_each_set_is_a_network_of_its_own(kind, first):
     """Outputs and statistics of a pass are those of a plain network with these norms, and the other set doesn't move."""
-    if kind is SharedBatchNorm and not first:
-        pytest.skip("a shared norm's copies are tested with processes")
 
     def grouped(net):
         return ghost_norms(net, 3) if kind is GhostBatchNorm else net

@@ -183,12 +183,19 @@ def test_names_in_any_script_are_read_and_named_in_one_line(tmp_path):
     assert any("猫🐈.jpg" in name for name in names)
 
 
-def test_twenty_thousand_files_are_listed_without_one_being_opened(tmp_path):
+@pytest.fixture
+def in_memory():
+    """A folder that no disk has to write, where there is such a thing."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
+        yield Path(name)
+
+
+def test_twenty_thousand_files_are_listed_without_one_being_opened(in_memory):
     for c in range(4):
-        (tmp_path / f"c{c}").mkdir()
+        (in_memory / f"c{c}").mkdir()
         for i in range(5000):
-            os.close(os.open(tmp_path / f"c{c}" / f"{i}.jpg", os.O_CREAT))
-    listing = find(str(tmp_path))
+            os.close(os.open(in_memory / f"c{c}" / f"{i}.jpg", os.O_CREAT))
+    listing = find(str(in_memory))
     assert (len(listing.train), len(listing.held_out)) == (16_000, 4000)
     assert np.bincount(listing.train.labels).tolist() == [4000] * 4
     with pytest.raises(BadImage, match="empty file"):
@@ -594,6 +601,16 @@ def test_class_folders_of_a_named_set_train_on_its_validation_part_too(tmp_path)
     assert sorted(told(listing.held_out)) == [(n, n % 3) for n in (6, 7, 8)]
     assert listing.held_out_is == "Birdsnap's test set"
     assert told(pickle.loads(pickle.dumps(listing.train))) == told(listing.train)
+
+
+def test_parquet_of_a_named_set_trains_on_its_validation_part_too(tmp_path):
+    folder = tmp_path / "flowers102" / "data"
+    folder.mkdir(parents=True)
+    for part, numbers in (("train", range(3)), ("validation", range(3, 6)), ("test", range(6, 9))):
+        pq.write_table(table(numbers, names=CLASSES), folder / f"{part}-00000-of-00001.parquet")
+    listing = find("flowers102", str(tmp_path))
+    assert told(listing.train) == [(n, n % 3) for n in range(6)]
+    assert told(listing.held_out) == [(n, n % 3) for n in (6, 7, 8)]
 
 
 def test_imagenet_has_its_names_in_the_order_of_every_checkpoint(tmp_path):

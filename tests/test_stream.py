@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from triscale.data.datasets import find, load
 from triscale.data.loader import Batches, Finish
+from triscale.data.normalising import normalise
 from triscale.data.sources import Joined
 from triscale.data.stream import StreamedBatches, evaluation_stream
 from triscale.data.work import crop_numbers
@@ -208,6 +209,38 @@ def test_counts_that_make_no_sense(options, told):
 def test_no_samples():
     with pytest.raises(ValueError, match="at least one image"):
         stream(numbered.Pixels(0))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 5), st.sampled_from((1, 3)), st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_normalised_to_the_bits_of_the_expression(count, channels, height, width, last):
+    preprocess = Preprocess(16) if channels == 3 else Preprocess(16, mean=(120.0,), std=(3.0,))
+    images = torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last) if last else images
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
+    out = normalise(images, preprocess)
+    assert torch.equal(out, (images.float() - mean) / std)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it():
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+
+    def place():
+        return normalise(images, SMALL).data_ptr()
+
+    first = place()
+    assert place() == first  # free at once
+    held = normalise(images, SMALL)[1:, :, 3]  # a part of it is enough
+    assert held.untyped_storage().data_ptr() == first != place()
+    before = held.clone()
+    weight = torch.ones(1, requires_grad=True)
+    saved = (weight * normalise(images, SMALL)).sum()  # autograd alone holds its factor
+    kept = [normalise(images * 0, SMALL) for _ in range(6)]
+    assert len({k.data_ptr() for k in kept}) == 6
+    assert torch.equal(held, before)
+    saved.backward()
+    torch.testing.assert_close(weight.grad[0], normalise(images, SMALL).sum())
 
 
 keys = st.tuples(st.integers(0, 1 << 40), st.integers(0, 100_000), st.integers(0, 1 << 40))

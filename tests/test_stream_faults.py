@@ -179,6 +179,8 @@ def test_workers_that_keep_dying_are_an_error():
         with pytest.raises(WorkerError, match=r"died 6 times \(SIGSEGV; the last over picture \d+\): out of memory\? Fewer --workers need less"):
             told(batches.epoch(0))
         assert len(batches.notes) == pool_module.DEATHS
+        with pytest.raises(WorkerError):  # not a hang
+            told(batches.epoch(0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -208,6 +210,21 @@ def test_a_read_that_does_not_end_is_told(tmp_path, monkeypatch, workers):
         assert heard == batches.notes
 
 
+def test_interrupted_at_any_place_it_goes_on(tmp_path, monkeypatch):
+    """Here while a worker is in a read that never ends; the next epoch has new workers."""
+    monkeypatch.setattr(pool_module, "STALL", 0.2)
+
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    with stream(numbered.Flawed(16, {5: "stalls"}, tmp_path), workers=2) as batches:
+        batches.tell = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            told(batches.epoch(0))
+        (tmp_path / "go on").touch()
+        assert told(batches.epoch(0)) == whole(16)
+
+
 PARENT = """
     import sys, time
     import numbered
@@ -216,8 +233,8 @@ PARENT = """
         with stream(numbered.Flawed(400, {stalling}, sys.argv[1]), workers=2) as batches:
             epoch = batches.epoch(0)
             seen = [next(epoch)]
-            print("running", flush=True)
             try:
+                print("running", flush=True)
                 while True:
                     time.sleep(0.05) if {waits} else seen.append(next(epoch))
             except KeyboardInterrupt:

@@ -37,14 +37,10 @@ from triscale.version import __version__
 
 HERE = Path(__file__).resolve().parent
 PREPROCESS = Preprocess(32, 0)
-# EfficientNet's blocks at 32 px: 4.9 M multiply-adds, 46,000 parameters.
+# EfficientNetV2's first kind of block at 32 px: 7.5 M multiply-adds, 102,000 parameters.
 ARCH = Arch(
-    Stem(16, 3, 1),
-    (
-        Stage("mbconv", 3, 2, 1, 0.25, "identity", 16, 1),
-        Stage("mbconv", 3, 1, 4, 0.25, "identity", 24, 2),
-        Stage("mbconv", 3, 2, 4, 0.25, "identity", 40, 2),
-    ),
+    Stem(24, 3, 2),
+    (Stage("fused_mbconv", 3, 1, 1, 0.0, "identity", 24, 1), Stage("fused_mbconv", 3, 2, 4, 0.0, "identity", 40, 2)),
     Head(128),
     32,
     0.0,
@@ -52,7 +48,7 @@ ARCH = Arch(
     Numerics(norm_momentum=0.1, drop_path=0.0),
     "small",
 )
-ATTACKS = (1.0, 2.0, 4.0)  # epsilons that all networks are tested with
+ATTACKS = (2.0, 4.0)  # epsilons that all networks are tested with
 ATTACK_STEPS, ATTACK_STEP = 10, 1.0
 
 
@@ -160,10 +156,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epsilons", type=float, nargs="+", default=[0, 2, 4], help="of the training's attacks; 0: plain")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[0, 4], help="of the training's attacks; 0: plain")
     parser.add_argument("--images", type=int, default=10_000, help="the first so many training pictures")
     parser.add_argument("--tested", type=int, default=2_000, help="the first so many test pictures")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     return parser.parse_args()
 

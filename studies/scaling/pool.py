@@ -87,6 +87,7 @@ def side_by_side(jobs: Sequence[Job], workers: int, deadline: float = float("inf
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in multiprocessing.active_children():
             worker.terminate()
+        queue.close()
 
 
 def _messages(queue: Any) -> Iterator[Worked | Told]:

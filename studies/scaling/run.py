@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from studies.scaling.images import unpack
 from studies.scaling.ledger import Ledger
 from studies.scaling.plan import PARTS, SETTINGS, Run, Setting, runs
 from studies.scaling.pool import Done, Worked, side_by_side
 from studies.scaling.train import Job
-from triscale.commands.bars import bars
 from triscale.reproduce import render, reproduce
 
 RESULTS = "results.jsonl"
@@ -124,7 +125,7 @@ def _train(missing: list[Run], setting: Setting, options: argparse.Namespace, ou
     deadline = time.monotonic() + 60 * options.minutes
     for old in out.glob(f"{WORK}*"):  # of a study that was killed; the ledger's lock says that none is running here
         shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=WORK) as folder, bars() as bar:
+    with tempfile.TemporaryDirectory(dir=out, prefix=WORK) as folder, _bar() as bar:
         task = bar.add_task("decoding the pictures", total=None)
         classes = unpack(options.data_dir, Path(folder), setting.train_images, setting.test_images)
         compiled = on_gpu if options.compile is None else options.compile
@@ -143,6 +144,12 @@ def _train(missing: list[Run], setting: Setting, options: argparse.Namespace, ou
                 bar.advance(task, event.work)
             else:
                 bar.console.print(f"  {event.text}", highlight=False)
+
+
+def _bar() -> Progress:
+    """Not that of triscale.commands: the study runs where the command line's own packages are missing."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("left"))
+    return Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=120)
 
 
 def _model(out: Path, run: Run) -> str | None:

@@ -55,7 +55,7 @@ def train(job: Job, progress: Callable[[float], None], note: Callable[[str], Non
     preprocess = Preprocess(size, 0)
     torch.manual_seed(recipe.seed)
     net = build(run.arch, CLASSES).to(job.device).to(memory_format=torch.channels_last)
-    batches = Batches(images.train, images.train_labels, preprocess, recipe)
+    batches = Batches(images.train, images.train_labels, preprocess, recipe, device=job.device)
     losses: list[float] = []
     plan = Plan(device=job.device, compile=job.compile)
     for event in fit(net, batches, cross_entropy(recipe.label_smoothing), recipe, plan=plan):

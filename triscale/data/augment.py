@@ -1,4 +1,4 @@
-"""AutoAugment's operations on one image, with the official code's pixels: the reference. Without torch: numpy.
+"""AutoAugment's operations on one image, with the official code's pixels: the reference, in plain numpy.
 
 Images are (H, W, C) uint8. An image of one channel gets what a grey RGB image gets. Every operation equals TensorFlow 1.15
 running the official autoaugment.py bit for bit; where that isn't Pillow's, the function says so. `data/batched.py`

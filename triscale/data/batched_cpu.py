@@ -68,7 +68,7 @@ def _by_value(image: np.ndarray, name: str, argument: float) -> None:
     if name == "Invert":
         np.invert(image, out=image)
     elif name == "Posterize":
-        image &= _table(name, argument, 1)[255]
+        image &= _table(name, argument, 1)[255]  # what it leaves of eight ones
     elif name == "Solarize":
         image ^= -(image >= int(argument) % 256).view(np.uint8)  # 255 where it is inverted
     else:
@@ -78,11 +78,12 @@ def _by_value(image: np.ndarray, name: str, argument: float) -> None:
 
 @lru_cache(256)
 def _table(name: str, argument: float, pixels: int) -> np.ndarray:
+    """(256,) uint8."""
     return by_value(RAMP, name, argument, pixels)
 
 
 def _color(image: np.ndarray, factor: float) -> None:
-    """By channels: numpy is slow where the last dimension has three places."""
+    """As augment.blend with augment.grey, by channels: numpy is slow where the last dimension has three places."""
     planes = np.stack([image[:, :, c] for c in range(3)])
     values = planes.astype(F32)
     scaled = values * F32(1 / 255)
@@ -99,6 +100,7 @@ def _color(image: np.ndarray, factor: float) -> None:
 
 
 def _sharpness(image: np.ndarray, factor: float) -> None:
+    """As augment.sharpness, over whole rows, in which a neighbour is `channels` places on."""
     height, width, channels = image.shape
     if min(height, width) < 3:
         return

@@ -16,11 +16,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from triscale.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from triscale.data.index import INDEX
@@ -30,6 +28,9 @@ from triscale.data.transform import square
 from triscale.naming import unknown
 from triscale.recipe import Preprocess
 from triscale.text import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["EVALUATION_FOLDERS", "NAMED", "DataError", "ImageData", "Listing", "Splits", "find", "load"]
 
@@ -158,6 +159,8 @@ def picture(samples: Samples, number: int) -> np.ndarray:
 
 def _read(samples: Samples, preprocess: Preprocess, tick: Callable[[], None]) -> ImageData:
     """Decodes on all cores, keeping the order."""
+    import torch  # here, as `find` and `triscale pack` do without it: it takes seconds
+
     images = torch.empty(len(samples), preprocess.channels, preprocess.size, preprocess.size, dtype=torch.uint8)
     kept: list[int] = []
     left_out: list[str] = []

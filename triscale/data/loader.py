@@ -124,7 +124,7 @@ class Finish:
         if recipe.augment != "none":
             from triscale.data import batched, policies
 
-            images = batched.apply(images, policies.draw(recipe, whole, tuple(images.shape[2:]), generator)[part])
+            images = batched.apply(images, policies.draw(recipe, whole, (images.shape[2], images.shape[3]), generator)[part])
         out = erase(normalise(images, self.preprocess), moves, recipe, part)
         if recipe.mixup or recipe.cutmix:
             from triscale.data.mix import mix

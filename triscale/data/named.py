@@ -84,13 +84,24 @@ def _own_folder(name: str, root: Path, watch: Watch | None, draw: bool) -> Listi
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
         return None
-    listing = find(str(folder), None, watch, draw=draw)._replace(data=name)
+    listing = (_joined_parquet(folder, watch) or find(str(folder), None, watch, draw=draw))._replace(data=name)
     if name == "imagenet":
         return listing._replace(classes=_imagenet_names(listing.classes))
     if listing.kind == "folder" and (folder / "test").is_dir() and not listing.held_out_is.endswith("/test"):
         joined = Joined([listing.train, listing.held_out])
         listing = listing._replace(train=joined, held_out=part_of(folder / "test", listing.classes))
     return listing._replace(held_out_is=f"{_title(name)}'s test set") if "draw" not in listing.held_out_is else listing
+
+
+def _joined_parquet(folder: Path, watch: Watch | None) -> Listing | None:
+    """Parquet with a validation part besides train and test, which is trained on too."""
+    from triscale.data.parquet import by_split, find_parquet
+
+    named = by_split(folder)
+    validation = next((named[s] for s in ("val", "valid", "validation") if s in named), None)
+    if validation is None or not {"train", "test"} <= named.keys():
+        return None
+    return find_parquet(str(folder), named["train"] + validation, named["test"], watch)
 
 
 def _title(name: str) -> str:

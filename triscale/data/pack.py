@@ -16,7 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +85,7 @@ def pack(listing: Listing, out: Path, packing: Packing, *, workers: int = 1, pro
         return _whole(out)
     with locked(out / WORK / "pack", "give another folder"):
         if (out / INDEX).is_file():  # by another process, while this one waited for it
+            shutil.rmtree(out / WORK, ignore_errors=True)
             return read_index(out / INDEX)
         try:
             for rest in (out / WORK).glob("*.part"):
@@ -102,7 +103,7 @@ def pack(listing: Listing, out: Path, packing: Packing, *, workers: int = 1, pro
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(f"{out}: could not be written ({reason}); whole shards stay: make room, and the same command goes on") from None
-    shutil.rmtree(out / WORK)
+    shutil.rmtree(out / WORK, ignore_errors=True)
     return index
 
 
@@ -226,7 +227,8 @@ class _Writer:
         return self.work
 
     def abandon(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # a full disk, once more
+            self.file.close()
         self.path.unlink(missing_ok=True)
 
 

@@ -31,18 +31,25 @@ GROWTH = 100  # times a file's size that it may unpack to: encoded images hardly
 _SPLIT = re.compile(rf"(train|{'|'.join(EVALUATION)})([-_.].*)?\.parquet")
 
 
-def splits(root: Path) -> tuple[list[Path], list[Path]] | None:
-    """(training files, evaluation files) of a folder, or of `data` in it as the hub has it; no evaluation files: all are one."""
+def by_split(root: Path) -> dict[str, list[Path]]:
+    """The Parquet files of a folder, or of `data` in it as the hub has it, by the first word of their names; "" for others."""
     for folder in (root, root / "data"):
-        files = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
         named: dict[str, list[Path]] = {}
-        for path in files:
+        for path in sorted(p for p in folder.glob("*.parquet") if not p.name.startswith(".")):
             match = _SPLIT.fullmatch(path.name)
             named.setdefault(match[1] if match else "", []).append(path)
-        other = next((s for s in EVALUATION if s in named), None)
-        if files:
-            return (named["train"], named[other]) if "train" in named and other else (files, [])
-    return None
+        if named:
+            return named
+    return {}
+
+
+def splits(root: Path) -> tuple[list[Path], list[Path]] | None:
+    """(training files, evaluation files) of a folder; no evaluation files: all are one. None where there are none at all."""
+    named = by_split(root)
+    other = next((s for s in EVALUATION if s in named), None)
+    if "train" in named and other:
+        return named["train"], named[other]
+    return ([p for part in named.values() for p in part], []) if named else None
 
 
 def find_parquet(data: str, train: Sequence[Path], held_out: Sequence[Path], watch: Watch | None = None, *, draw: bool = True) -> Listing:

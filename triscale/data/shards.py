@@ -157,6 +157,11 @@ def _packed(folder: Path, index: Index, files: set[str]) -> Shards:
         names = Texts.of(rows.names.data[rows.names.ends[first] : rows.names.ends[last]], rows.names.ends[first : last + 1] - rows.names.ends[first])
     else:
         names = Texts(rows.names[int(i)] for i in numbers)
+    for s in (s for s in index.shards if s.file in files):
+        found = os.stat(folder / s.file).st_size if os.path.isfile(folder / s.file) else None
+        if found != s.bytes:
+            what = "no such file" if found is None else f"truncated at byte {found}" if found < s.bytes else f"{found} bytes"
+            raise DataError(f"{folder / s.file}: {what}, expected {s.bytes} bytes by its index; fetch or pack it again")
     paths, sizes = [str(folder / s.file) for s in index.shards], [s.bytes for s in index.shards]
     out = Shards(paths, sizes, rows.shard[numbers], rows.offset[numbers], rows.size[numbers])
     return out.called(rows.label[numbers], names, shard_in_name=False)

@@ -88,7 +88,7 @@ class StreamedBatches:
     def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One epoch at a time: a new one ends the one before, whose iterator raises RuntimeError where it is asked for more."""
         order = torch.randperm(len(self.samples), generator=self._generator(index)).numpy()
-        if self._pool is None:
+        if self._pool is None or self._pool.closed:
             self._pool = _pool(self._work, self.size // self.processes, self.workers, self._note)
         pool, self._tally.bad = self._pool, 0
         requests = ((order[self._mine(i)], index) for i in range(start, len(self)))

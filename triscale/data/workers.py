@@ -33,7 +33,7 @@ from triscale.data.worker_main import ALIGN, TASK, Order
 
 CHUNK = 8  # samples a task, at most: 3 to 15 ms of work
 AT_ONCE = 256 * TASK.size  # 4096: what a pipe takes whole or not at all
-DEATHS = 5  # of worker processes that are made good
+DEATHS = 5  # of worker processes in an epoch that are made good
 STRIKES = 2  # deaths over one sample before it counts as broken
 STALL = 60.0  # seconds over one sample before the user is told
 _START = (
@@ -65,6 +65,7 @@ class Pool:
         self._undone: dict[bytes, None] = {}  # in order of submission
         self._unsent: deque[bytes] = deque()
         self._deaths, self._strikes = 0, dict[int, int]()
+        self._astray = False  # interrupted between what was read and what was noted of it
         self._told: set[tuple[int, float]] = set()
         self._open: dict[str, int] = {}
         if not shape.workers:
@@ -100,8 +101,9 @@ class Pool:
             self._step()
 
     def cancel(self) -> None:
-        """Gives up what was submitted. Returns once nobody writes to any slot."""
+        """Gives up what was submitted, before an epoch. Returns once nobody writes to any slot."""
         self.turn += 1
+        self._deaths = 0
         self.ring.generation[0] = self.turn
         if not self.shape.workers:
             self._undone.clear()
@@ -109,6 +111,10 @@ class Pool:
         while self._undone:
             self._step()
         self.left = [0] * self.shape.slots
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.shape.workers) and not self._end.alive
 
     def close(self) -> None:
         """Ends the worker processes, and whoever waits for a slot."""
@@ -135,6 +141,10 @@ class Pool:
 
     def _step(self) -> None:
         """Hands out tasks, takes in what is done, and sees to the dead; returns after a second where nothing happens."""
+        if self._astray:
+            _kill(self._workers)
+            self._start()
+        self._astray = True
         watched: list[int | socket.socket] = [self._done, *(w.socket for w in self._workers)]
         ready, _, _ = select.select(watched, [self._tasks] if self._unsent else [], [], 1.0)
         self._send()
@@ -142,10 +152,11 @@ class Pool:
             data = os.read(self._done, AT_ONCE)
             for at in range(0, len(data), TASK.size):
                 self._finish(data[at : at + TASK.size])
-        elif ready:
-            self._bury([w for w in self._workers if w.socket in ready])
+        if dead := [w for w in self._workers if w.socket in ready]:  # then the pipe has an end, too, and is always ready
+            self._bury(dead)
         if not ready:
             self._look_for_stalls()
+        self._astray = False
 
     def _finish(self, task: bytes) -> None:
         if task in self._undone:
@@ -179,7 +190,6 @@ class Pool:
         for number in over:
             self._strikes[number] = self._strikes.get(number, 0) + 1
         self._condemn({n for n in over if self._strikes[n] >= STRIKES}, how)
-        self._unsent = deque(self._undone)
         self._start()
 
     def _condemn(self, numbers: set[int], how: str) -> None:
@@ -198,6 +208,7 @@ class Pool:
                 self.tell(f"{self.work.samples.name(number)}: being read for {now - since:.0f} s; still waiting (is its disk or server gone?)")
 
     def _start(self) -> None:
+        """Workers, pipes, and in them what isn't done yet."""
         for name in ("_tasks", "_done"):
             if (old := self._open.pop(name, None)) is not None:
                 os.close(old)
@@ -213,6 +224,7 @@ class Pool:
         finally:
             os.close(theirs)
             os.close(back)
+        self._unsent = deque(self._undone)
         self._send()
 
 
