@@ -57,7 +57,7 @@ def sources(tmp_path_factory):
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 def test_no_sample_is_lost_or_seen_twice(sources, workers, processes):
     """All three sources in one, as an epoch over it has each of theirs."""
-    samples, parts = Joined(list(sources.values())), []
+    samples, parts = numbered.WithoutTorch(Joined(list(sources.values()))), []
     with stream(samples, workers=workers, share=(0, processes)) as batches:
         for rank in range(processes):
             batches.rank = rank  # the same workers serve each rank in turn: starting them is what takes time here
@@ -67,7 +67,7 @@ def test_no_sample_is_lost_or_seen_twice(sources, workers, processes):
     labels = torch.cat([part[i][1] for i in range(7) for part in parts])
     assert torch.equal(labels, torch.cat(told) % numbered.CLASSES)
     order = torch.cat([part[i][2] for i in range(7) for part in parts])
-    with stream(samples) as one:
+    with stream(samples.samples) as one:
         assert torch.equal(order, torch.cat([numbers for _, _, numbers in one.epoch(1)]))
         assert all(f"{t:04}" in name or "parquet" in name for t, name in zip(torch.cat(told).tolist(), one.names(order), strict=True))
 
@@ -173,7 +173,7 @@ def test_grey_images():
     torch.testing.assert_close(images.double().mean((1, 2, 3)), 0.299 * red + 0.587 * green + 0.114 * blue, atol=6, rtol=0)
 
 
-def test_workers_last_over_epochs_without_torch():
+def test_workers_last_over_epochs():
     with stream(numbered.Whose(24), Recipe(batch_size=24), workers=2) as batches:
         epochs = [{(int(x[0, 0, 0]), int(x[1, 0, 0])) for images, _, _ in batches.epoch(e) for x in images} for e in range(3)]
         assert batches.notes == batches.left_out == []

@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("commands.networks", "one network as the paper's Table 1, with its cost"),
     "scale": ("commands.networks", "scale a network: by phi, to a budget, or by multipliers"),
     "demo": ("commands.demonstration", "the paper's idea on real scans, in two minutes on two cores"),
-    "train": ("commands.training", "train a network on a folder of class folders, digits or cifar10"),
+    "train": ("commands.training", "train a network on images, from scratch or from a checkpoint"),
     "predict": ("commands.prediction", "classify image files with any checkpoint of these networks"),
     "eval": ("commands.evaluation", "exact top-1 and top-5 on a folder, accuracy by class, confusion matrix"),
     "explain": ("commands.explaining", "where in pictures networks find their evidence, as overlays"),

@@ -159,14 +159,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epsilons", type=float, nargs="+", default=[0, 4], help="of the training's attacks; 0: plain")
     parser.add_argument("--images", type=int, default=10_000, help="the first so many training pictures")
     parser.add_argument("--tested", type=int, default=2_000, help="the first so many test pictures")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     return parser.parse_args()
 
 
 def main() -> None:
     a = arguments()
-    wanted = [Run(e, seed, a.images, a.tested, a.epochs) for seed in range(a.seeds) for e in sorted(a.epsilons, reverse=True)]
+    wanted = [Run(e, seed, a.images, a.tested, a.epochs) for e in sorted(a.epsilons, reverse=True) for seed in range(a.seeds)]  # the longest first
     a.out.mkdir(parents=True, exist_ok=True)
     path = a.out / "results.jsonl"
     there = [{k: row.get(k) for k in asdict(wanted[0])} for row in read(path)]

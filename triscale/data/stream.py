@@ -19,13 +19,12 @@ from torch import Tensor
 from triscale.data.jpeg import missing
 from triscale.data.loader import Finish
 from triscale.data.samples import Samples
-from triscale.data.sources import DataError
-from triscale.data.work import BROKEN, FAILED, GOOD, Shape, Work
-from triscale.data.workers import CHUNK, Pool, WorkerError
+from triscale.data.tally import Tally
+from triscale.data.work import Shape, Work
+from triscale.data.workers import CHUNK, Pool
 from triscale.recipe import Preprocess, Recipe
 
 AHEAD = 3  # batches that are made while one is used
-LOOK = 20  # images of which none can be read before the whole set counts as unreadable
 T = TypeVar("T")
 
 
@@ -66,7 +65,7 @@ class StreamedBatches:
         if self.size % self.processes:
             raise ValueError(f"a batch of {self.size} images can't be shared out evenly to {self.processes} processes; another --batch-size can")
         self._work = Work(samples, preprocess, recipe.crop_area, recipe.seed)
-        self._tally = _Tally(samples, broken_share, len(self) * (self.size // self.processes))
+        self._tally = Tally(samples, broken_share, len(self) * (self.size // self.processes))
         self._labels = torch.from_numpy(np.array(samples.labels, np.int64))
         self._pool: Pool | None = None
         self.notes: list[str] = []
@@ -158,7 +157,7 @@ class EvaluationStream(Iterator[tuple[Tensor, Tensor]]):
     called with as it happens."""
 
     def __init__(self, work: Work, numbers: np.ndarray, batch: int, workers: int) -> None:
-        self._tally = _Tally(work.samples, 1.0, len(numbers))
+        self._tally = Tally(work.samples, 1.0, len(numbers))
         self.notes: list[str] = []
         self.tell: Callable[[str], None] = _warn
         parts = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
@@ -218,43 +217,6 @@ def evaluation_stream(
     rank, processes = share
     mine = chosen[rank * len(chosen) // processes : (rank + 1) * len(chosen) // processes]
     return EvaluationStream(Work(samples, preprocess, reference=reference), mine, max(1, min(batch, len(mine))), workers)
-
-
-class _Tally:
-    """What could not be read. expected: images of an epoch, of which broken_share may be broken; reasons: by number, each once."""
-
-    def __init__(self, samples: Samples, broken_share: float, expected: int) -> None:
-        if not 0 <= broken_share <= 1:
-            raise ValueError(f"broken_share: expected 0 to 1, found {broken_share}")
-        self.samples, self.broken_share, self.expected = samples, broken_share, expected
-        self.reasons: dict[int, str] = {}
-        self.seen = self.bad = 0
-
-    def look(self, pool: Pool, slot: int, *, stands_in: bool = False) -> np.ndarray:
-        """Which of a finished slot's samples are good, (B,) bool. Raises DataError where too many aren't."""
-        n = pool.count[slot]
-        status = pool.ring.status[slot, :n]
-        good: np.ndarray = status == GOOD
-        self.seen += n
-        if good.all():
-            return good
-        for j in np.flatnonzero(~good).tolist():
-            why = pool.ring.reasons[slot, j].decode("utf-8", "replace")
-            if status[j] == FAILED:
-                raise WorkerError(why)
-            self.reasons.setdefault(int(pool.ring.numbers[slot, j]), why)
-        if stands_in:  # counted in their own place
-            return good
-        self.bad += int((status == BROKEN).sum())
-        if len(self.reasons) == self.seen and self.seen >= min(LOOK, self.expected):
-            raise self.nothing()
-        if self.bad > self.broken_share * self.expected:
-            share = f"{len(self.reasons)} of {self.expected} images can't be read, more than {100 * self.broken_share:g} %"
-            raise DataError(f"{share}; the first: {next(iter(self.reasons.values()))}")
-        return good
-
-    def nothing(self) -> DataError:
-        return DataError(f"none of {len(self.reasons)} images can be read; the first: {next(iter(self.reasons.values()))}")
 
 
 def _check(samples: Samples, workers: int, share: tuple[int, int]) -> None:

@@ -1,4 +1,7 @@
-"""What a worker process of the loader runs: takes tasks off a pipe, does them, puts them on another. Without torch."""
+"""What a worker process of the loader is sent and what it runs: takes tasks off a pipe, does them, puts them on another.
+
+Without torch.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import select
 import signal
 import socket
 import struct
+import tempfile
 import threading
 import warnings
 from typing import BinaryIO, NamedTuple
@@ -31,6 +35,35 @@ class Order(NamedTuple):
     files: tuple[int, int, int, int]
     worker: int
     parent: int
+
+
+def nameless(size: int) -> int:
+    """A file of zeros without a name, in memory where the system has that."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("triscale")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.truncate(descriptor, max(1, size))
+    return descriptor
+
+
+def pickled(work: Work) -> tuple[bytes, list[int], int]:
+    """The work, its arrays' sizes, and a file with the arrays: workers map it, so that lists of a million names are there once."""
+    arrays: list[pickle.PickleBuffer] = []
+    try:
+        order = pickle.dumps(work, protocol=5, buffer_callback=arrays.append)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(f"{type(work.samples).__name__}: can't be sent to worker processes ({error}); --workers 0 goes without") from None
+    raw = [a.raw() for a in arrays]
+    sizes = [len(r) for r in raw]
+    descriptor = nameless(sum(-(-s // ALIGN) * ALIGN for s in sizes))
+    with mmap.mmap(descriptor, 0) as block:
+        at = 0
+        for part, size in zip(raw, sizes, strict=True):
+            block[at : at + size] = part
+            at += -(-size // ALIGN) * ALIGN
+    return order, sizes, descriptor
 
 
 def _unpickled(order: Order) -> Work:

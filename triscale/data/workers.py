@@ -18,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -29,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from triscale.data.work import BROKEN, PENDING, Ring, Shape, Work, do, mark, ring_bytes
-from triscale.data.worker_main import ALIGN, TASK, Order
+from triscale.data.worker_main import TASK, Order, nameless, pickled
 
 CHUNK = 8  # samples a task, at most: 3 to 15 ms of work
 AT_ONCE = 256 * TASK.size  # 4096: what a pipe takes whole or not at all
@@ -72,10 +71,10 @@ class Pool:
             self.ring = Ring(shape)
             self.ring.current[:] = -1
             return
-        self._file = _nameless(ring_bytes(shape))
+        self._file = nameless(ring_bytes(shape))
         self.ring = Ring(shape, mmap.mmap(self._file, ring_bytes(shape)))
         self.ring.current[:] = -1
-        self._orders, self._sizes, self._arrays = _pickled(work)
+        self._orders, self._sizes, self._arrays = pickled(work)
         self._workers: list[_Worker] = []
         self._end = weakref.finalize(self, _end, os.getpid(), self._workers, self._open, [self._file, self._arrays])
         self._start()
@@ -279,32 +278,3 @@ def _fate(status: int | None) -> str:
         return signal.Signals(-status).name
     except ValueError:
         return f"signal {-status}"
-
-
-def _nameless(size: int) -> int:
-    """A file of zeros without a name, in memory where the system has that."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("triscale")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.truncate(descriptor, max(1, size))
-    return descriptor
-
-
-def _pickled(work: Work) -> tuple[bytes, list[int], int]:
-    """The work, its arrays' sizes, and a file with the arrays: workers map it, so that lists of a million names are there once."""
-    arrays: list[pickle.PickleBuffer] = []
-    try:
-        order = pickle.dumps(work, protocol=5, buffer_callback=arrays.append)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(f"{type(work.samples).__name__}: can't be sent to worker processes ({error}); --workers 0 goes without") from None
-    raw = [a.raw() for a in arrays]
-    sizes = [len(r) for r in raw]
-    descriptor = _nameless(sum(-(-s // ALIGN) * ALIGN for s in sizes))
-    with mmap.mmap(descriptor, 0) as block:
-        at = 0
-        for part, size in zip(raw, sizes, strict=True):
-            block[at : at + size] = part
-            at += -(-size // ALIGN) * ALIGN
-    return order, sizes, descriptor
