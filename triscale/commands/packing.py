@@ -26,7 +26,7 @@ def pack(
     /,
     *,
     short_side: int = 256,
-    quality: int = 95,
+    quality: int = 90,
     shard_size: str = "256MB",
     verify: bool = False,
     workers: int | None = None,

@@ -50,7 +50,7 @@ class Packing:
     stays under, unless one image has more."""
 
     short_side: int = 256
-    quality: int = 95
+    quality: int = 90
     shard_size: int = 256_000_000
 
     def __post_init__(self) -> None:

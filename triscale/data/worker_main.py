@@ -94,7 +94,8 @@ def serve(orders: socket.socket, file: BinaryIO) -> None:
 
 def _die_with_parent(orders: socket.socket, parent: int) -> None:
     """Also in the middle of a read that never ends. By number too: a fork of the parent may hold the socket."""
+    poll = select.poll()
+    poll.register(orders, select.POLLIN)
     while True:
-        ready, _, _ = select.select([orders], [], [], 5.0)
-        if ready or os.getppid() != parent:
+        if poll.poll(5000) or os.getppid() != parent:
             os._exit(0)

@@ -144,14 +144,18 @@ class Pool:
             _kill(self._workers)
             self._start()
         self._astray = True
-        watched: list[int | socket.socket] = [self._done, *(w.socket for w in self._workers)]
-        ready, _, _ = select.select(watched, [self._tasks] if self._unsent else [], [], 1.0)
+        poll = select.poll()  # select() refuses descriptors from 1024 on
+        for descriptor in (self._done, *(w.socket.fileno() for w in self._workers)):
+            poll.register(descriptor, select.POLLIN)
+        if self._unsent:
+            poll.register(self._tasks, select.POLLOUT)
+        ready = [descriptor for descriptor, _ in poll.poll(1000)]
         self._send()
         if self._done in ready:
             data = os.read(self._done, AT_ONCE)
             for at in range(0, len(data), TASK.size):
                 self._finish(data[at : at + TASK.size])
-        if dead := [w for w in self._workers if w.socket in ready]:  # then the pipe has an end, too, and is always ready
+        if dead := [w for w in self._workers if w.socket.fileno() in ready]:  # then the pipe has an end, too, and is always ready
             self._bury(dead)
         if not ready:
             self._look_for_stalls()
