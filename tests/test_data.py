@@ -11,7 +11,8 @@ from PIL import Image
 
 from triscale.data import datasets
 from triscale.data.datasets import DataError, find, load
-from triscale.data.loader import Batches, augment, evaluation_batches, normalise
+from triscale.data.loader import Batches, augment, evaluation_batches
+from triscale.data.normalising import normalise
 from triscale.recipe import Preprocess, Recipe
 
 PLAIN = Recipe(flip=False, shift=0.0, erase=0.0, batch_size=4)

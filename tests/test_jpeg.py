@@ -335,7 +335,7 @@ def test_a_batch_on_a_device():
 
 def test_scaled_decoding_keeps_the_accuracy_of_real_weights(shared):
     """V2-B0 on 256 ImageNet files: it sees those whose squares differ by more than rounding, either way."""
-    from triscale.data.loader import normalise
+    from triscale.data.normalising import normalise
     from triscale.weights.open import open_model
 
     net, card = open_model(shared / "weights/efficientnetv2_b0/tf_efficientnetv2_b0.timm.safetensors")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from triscale.data.datasets import ImageData, Listing, Splits, load, picture
-from triscale.data.loader import Batches, Finish, normalise
+from triscale.data.loader import Batches, Finish
+from triscale.data.normalising import normalise
 from triscale.data.samples import Samples
 from triscale.data.sources import DataError, take
 from triscale.data.stream import StreamedBatches, evaluation_stream

@@ -14,14 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triscale.data.normalising import copied, normalise
 from triscale.recipe import Preprocess, Recipe
-
-
-def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:
-    """uint8 (N, C, H, W) -> float32 (x - mean) / std, channels-last."""
-    mean = torch.tensor(preprocess.mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(preprocess.std, device=images.device).view(1, -1, 1, 1)
-    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
 
 def evaluation_batches(images: Tensor, preprocess: Preprocess, size: int = 256) -> Iterator[Tensor]:
@@ -73,7 +67,7 @@ def move(images: Tensor, moves: Moves, part: slice = slice(None)) -> Tensor:
 def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
     if images.device.type != "cpu":  # no choice by the host there: it would have to wait for the device
         return torch.where(chosen.bool().to(images.device)[:, :, None, None], images.flip(3), images)
-    out = images.clone(memory_format=torch.channels_last)
+    out = copied(images)
     for i in chosen[:, 0].nonzero()[:, 0].tolist():
         out[i] = images[i].flip(2)
     return out
