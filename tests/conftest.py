@@ -1,6 +1,9 @@
 """What all tests share: the reference data, and one thread."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,10 @@ import pytest
 # Before torch is imported. Two OpenMP threads wait for each other wherever a core is taken by something else: one training
 # step of B0 took 7 s instead of 0.1 s on two cores of which one was busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Parquet's images and arrays are copied into the cache: not into the user's.
+os.environ.setdefault("TRISCALE_HOME", tempfile.mkdtemp(prefix="triscale-tests-"))
+atexit.register(shutil.rmtree, os.environ["TRISCALE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -121,7 +121,7 @@ def _verified(out: Path) -> bool:
         print(line, file=sys.stderr)
     if wrong:
         more = f", {SHOWN} of them named" if len(wrong) > SHOWN else ""
-        print(f"{len(wrong)} faults{more}; take those shards from a copy, or delete the pack and pack again", file=sys.stderr)
+        print(f"{len(wrong)} fault{'s' * (len(wrong) > 1)}{more}; take those shards from a copy, or delete the pack and pack again", file=sys.stderr)
     else:
         print("every byte is as it was packed")
     return not wrong

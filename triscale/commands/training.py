@@ -237,7 +237,7 @@ def _describe(options: Train, arch: Arch, data: Data, channels: int, running: Ru
     c = cost(arch, len(data.classes), channels, batch=plan.micro_batch or settings.batch_size // PROCESSES)
     memory = short(c.memory.training(1))
     print(f"{arch.name} at {arch.resolution} px: {short(c.macs)} MACs, {short(c.params)} parameters; training step {memory}B of memory")
-    how = f", decoded as they are needed by {running.workers or 'no'} worker processes" if data.streamed else ""
+    how = f", decoded as needed, worker processes: {running.workers}" if data.streamed else ""
     print(f"{len(data.classes)} classes, {len(data.train)} images to train on, {len(data.held_out)} held out ({data.held_out_is}){how}")
     if options.weights:
         print(f"beginning with {options.weights}; {_trained(settings)}")
@@ -308,7 +308,8 @@ def _network(options: Train, arch: Arch, classes: int, channels: int) -> Arch:
         coefficients = Coefficients() if resolution is None else Coefficients(gamma=1.0)
         workload = Workload(num_classes=classes, in_channels=channels)
         fit = fit_budget(arch, macs=count(options.macs), coefficients=coefficients, workload=workload)
-        print(fit)
+        if FIRST:
+            print(fit)
         arch = fit.arch
     return replace(arch, name=label)
 

@@ -130,7 +130,7 @@ def evaluation_folder(given: str) -> Path:
     """The folder in which `truth` looks for class folders. Raises DataError where `given` is no folder."""
     data = Path(given)
     if not data.is_dir():
-        named = "; digits and cifar10 are for train, eval takes folders of images" if str(data) in NAMED else ""
+        named = "; names of data sets are for train, eval takes folders of images" if str(data) in NAMED else ""
         raise DataError(f"{data}: {'not a folder' if data.exists() else 'no such folder'}{named}")
     inside = next((data / name for name in EVALUATION_FOLDERS if (data / name).is_dir()), None)
     if inside is None or not ((data / "train").is_dir() or set(_folders(data)[0]) <= {*EVALUATION_FOLDERS}):

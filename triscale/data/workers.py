@@ -41,7 +41,7 @@ _START = (
 )
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ChildProcessError):
     """Worker processes that keep dying, or an error in them that is no image's fault."""
 
 
