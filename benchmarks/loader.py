@@ -137,7 +137,7 @@ def main(quick=False):
                 for (library, source), make in sources.items():
                     ways[library, source, product, augment], loader = make(product, augment)
                     loaders.append(loader)
-        rates = measure(ways, 2 if quick else 7, 2 if quick else 6)
+        rates = measure(ways, 2 if quick else 5, 2 if quick else 3)
         for loader in loaders:
             if isinstance(loader, StreamedBatches):
                 loader.close()

@@ -1,5 +1,6 @@
 """The pack: its bytes whatever stops it, what is in it, who can read it, and what is told when it isn't sound."""
 
+import csv
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from local_server import Served, serving
 from PIL import Image
@@ -481,3 +483,27 @@ def test_stopped_on_request_the_command_exits_3_and_goes_on(number, shared, tmp_
         for out in ("pack", "at once"):
             pack(find(str(tmp_path / "set")), tmp_path / out, Packing(shard_size=8000))
         assert contents(tmp_path / "pack") == contents(tmp_path / "at once")
+
+
+# ---- real weights
+
+
+def test_a_pack_keeps_the_accuracy_of_real_weights(shared, tmp_path):
+    """V2-B0 on 256 ImageNet pictures, packed as the command packs them and read as training reads them: one picture more or less."""
+    from triscale.data.normalising import normalise
+    from triscale.data.stream import evaluation_stream
+    from triscale.weights.open import open_model
+
+    net, card = open_model(shared / "weights/efficientnetv2_b0/tf_efficientnetv2_b0.timm.safetensors")
+    folder = shared / "data/imagenet-samples"
+    with open(folder / "labels.csv", encoding="utf-8") as file:
+        index = {row["wnid"]: int(row["index"]) for row in csv.DictReader(file)}
+    pack(find(str(folder), draw=False), tmp_path / "pack", Packing())
+    packed = find(str(tmp_path / "pack"), draw=False)
+    net, right = net.to(memory_format=torch.channels_last), []
+    with torch.inference_mode():
+        for images, numbers in evaluation_stream(packed.train, card.preprocess, batch=64, workers=0):
+            labels = torch.tensor([index[packed.classes[packed.train.labels[i]]] for i in numbers.tolist()])
+            right += net(normalise(images, card.preprocess)).argmax(1).eq(labels).tolist()
+    assert len(right) == 256
+    assert abs(sum(right) - 236) <= 1  # 236: from the files, tests/test_evaluate.py
