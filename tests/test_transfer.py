@@ -125,6 +125,8 @@ def test_a_probe_is_the_logistic_regression_on_the_frozen_features():
 def test_frozen_fresh_weights_make_no_sense():
     with pytest.raises(ValueError, match="--weights"):
         start_from(NET, tuple("abc"), 3, replace(RECIPE, freeze=True))
+    with pytest.raises(ValueError, match="--advprop"):
+        start_from(NET, tuple("abc"), 3, replace(RECIPE, freeze_norms=True, advprop=True), Start(checkpoint()))
 
 
 def test_mean_per_class_counts_each_class_alike():

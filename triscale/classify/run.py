@@ -287,6 +287,7 @@ class _Run:
                 raise ResumeError(f"{self.out / STATES}: no whole checkpoint in it")
             return None
         path, tensors, about = found
+        about["recipe"] = Recipe.from_dict(about["recipe"]).to_dict()  # fields that came after the checkpoint have their defaults
         different = differences({k: about.get(k) for k in self.identity}, self.identity)
         if different:
             raise ResumeError(f"{path}: of another training ({'; '.join(different[:5])}); resume it as it was, or give another --out")

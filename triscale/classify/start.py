@@ -52,6 +52,8 @@ def start_from(arch: Arch, classes: tuple[str, ...], channels: int, recipe: Reci
     net, check = build(arch, len(classes), channels), ""
     if start is None and (recipe.freeze or recipe.freeze_norms):
         raise ValueError("--freeze and --freeze-norms: there is nothing to keep in fresh weights; --weights gives others")
+    if recipe.advprop and (recipe.freeze or recipe.freeze_norms):
+        raise ValueError("--advprop: its auxiliary norms are trained, which --freeze and --freeze-norms leave out; take one of them")
     if start is not None:
         fresh = {k: v.clone() for k, v in net.state_dict().items() if k.startswith("classifier.")}
         _load(net, start)
