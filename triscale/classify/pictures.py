@@ -163,6 +163,13 @@ class Data:
         """Why each image that could not be read was left out, as far as they have been read."""
         return (*self.train.left_out(), *self.held_out.left_out())
 
+    def share(self, everyones: Callable[[list[str]], list[str]]) -> None:
+        """Every process then knows what any of them could not read. everyones: joins their texts."""
+        for part in (self.train, self.held_out):
+            if isinstance(part, Streamed):
+                part.notes[:] = everyones(part.notes)
+                part.unreadable[:] = everyones(list(part.left_out()))
+
     def close(self) -> None:
         """Ends what reads the images ahead."""
         self.train.close()

@@ -34,6 +34,7 @@ from triscale.train.dist import (
     World,
     any_true,
     average_buffers,
+    everyones,
     full_state,
     load_full_state,
     local_batch,
@@ -158,6 +159,7 @@ class _Run:
             if not self.writes:
                 for _ in self._fit(batches, None, states):
                     pass
+                self.data.share(lambda texts: everyones(texts, self.here))
                 return
             write_text(self.out / "recipe.json", json.dumps(self.recipe.to_dict(), indent=1))
             write_text(self.out / "arch.json", self.arch.to_json())
@@ -172,6 +174,8 @@ class _Run:
                     self._samples(batches)
                     yield from self._noted(log)
                 yield from self._fit(batches, log, states)
+                self.data.share(lambda texts: everyones(texts, self.here))
+                yield from self._noted(log)
 
     def _fit(self, batches: BatchSource, log: RunLog | None, states: Checkpoints) -> Iterator[Step | Evaluated | Saved | Note]:
         start = time.perf_counter() - self.seconds
@@ -211,9 +215,10 @@ class _Run:
 
     def _join(self) -> None:
         """Running statistics, and the average's, become their mean over the processes: what is evaluated and saved is the same in
-        all, so that those who go on from it stand where these stand."""
+        all, so that those who go on from it stand where these stand. And all know which images none could read."""
         if self.here.size == 1:
             return
+        self.data.share(lambda texts: everyones(texts, self.here))
         average_buffers(self.net, self.here)
         if self.state.average:
             self.state.average.swap(self.net)

@@ -215,6 +215,14 @@ def same_everywhere(text: str, world: World) -> None:
     raise ValueError(f"{name} {some} of {world.size} and process 0 differ; process 0 has {shown[0]}, process {other[0]} has {shown[1]}")
 
 
+def everyones(texts: Sequence[str], world: World) -> list[str]:
+    """The texts of all processes, in the order of their ranks, each once; every process has to ask."""
+    parts: list[Sequence[str]] = [texts] * world.size
+    if world.size > 1:
+        dist.all_gather_object(parts, list(texts))
+    return list(dict.fromkeys(text for part in parts for text in part))
+
+
 # ---- networks whose training state is too large for one device (EfficientNet-L2)
 
 
