@@ -37,7 +37,7 @@ RECIPES: dict[str, Recipe] = {
     # Cubuk et al. 2020 (arXiv 1909.13719): two random operations an image. Not run.
     "randaugment": replace(PAPER, augment="randaugment"),
     # From ImageNet weights on a few thousand pictures: AdamW, the norms' statistics kept. triscale train cifar10-mini
-    # --weights W --recipe finetune --resolution 128 --crop-padding 0. Measured: studies/README.md.
+    # --weights W --recipe finetune --resolution 144 --crop-padding 0: V2-B0 88.60 +- 0.20 % over three seeds, studies/transfer.
     "finetune": Recipe(
         epochs=8,
         batch_size=32,
