@@ -24,7 +24,8 @@ from PIL import Image
 
 from triscale import cli
 from triscale.data.datasets import DataError, find, picture
-from triscale.data.decode import decode
+from triscale.data.decode import BadImage, decode
+from triscale.data.encode import _jpeg
 from triscale.data.index import INDEX, ROWS, Rows, index_text, read_index, read_rows, write_rows
 from triscale.data.pack import Packing, pack
 from triscale.data.sources import Texts, take
@@ -370,6 +371,63 @@ def test_an_index_made_to_mislead_is_refused(whole, tmp_path):
         (folder / INDEX).write_text(text)
         with pytest.raises(DataError, match=said):
             find(str(folder))
+
+
+def test_an_index_with_numbers_and_texts_that_no_pack_has(whole, tmp_path):
+    folder = tmp_path / "pack"
+    shutil.copytree(whole, folder)
+    index = read_index(folder / INDEX)
+    first, *rest = index.shards
+    for change in ({"bytes": 2**70}, {"samples": 2**70}, {"split": "../x"}, {"file": "train-\0.tar"}, {"file": "\x1b[2J.tar"}):
+        (folder / INDEX).write_text(index_text(replace(index, shards=(replace(first, **change), *rest))))
+        with pytest.raises(DataError, match="no index of a pack"):
+            find(str(folder))
+    (folder / INDEX).write_text(index_text(replace(index, shards=())))
+    with pytest.raises(DataError, match=r"no index of a pack \(no shards\)"):
+        find(str(folder))
+    (folder / INDEX).write_text(index_text(replace(index, held_out_is="\x1b[2J", classes=("a\x1b[31m", "می\u200cخواهم"), left_out=("x\x07",))))
+    found = read_index(folder / INDEX)
+    assert (found.held_out_is, found.classes, found.left_out) == ("\\x1b[2J", ("a\\x1b[31m", "می\u200cخواهم"), ("x\\x07",))
+
+
+def test_a_picture_too_long_for_jpeg_becomes_png(tmp_path):
+    root = broken_set(tmp_path / "set", lambda c, i: False)
+    Image.new("RGB", (80_000, 9), (3, 140, 250)).save(root / "a" / "long.png")
+    assert not pack(find(str(root), draw=False), tmp_path / "pack", Packing(short_side=8)).left_out
+    packed = find(str(tmp_path / "pack"), draw=False).train
+    long = by_name(packed)["set/a/long.png"]
+    assert packed.read(long).startswith(b"\x89PNG")
+    assert picture(packed, long).shape == (8, 71_111, 3)
+    assert (picture(packed, long) == (3, 140, 250)).all()
+
+
+def test_what_an_encoder_refuses_is_left_out_and_named():
+    with pytest.raises(BadImage, match=r"^a\.png: cannot be encoded as JPEG"):
+        _jpeg(Image.new("L", (65_501, 1)), 90, "a.png")
+
+
+def test_a_source_with_other_images_under_the_same_names_is_refused(tmp_path):
+    root = broken_set(tmp_path / "set", lambda c, i: False)
+    pack(find(str(root)), tmp_path / "pack", SMALL)
+    before = contents(tmp_path / "pack")
+    (root / "a" / "3.jpg").touch()  # copied: the same images
+    pack(find(str(root)), tmp_path / "pack", SMALL)
+    (root / "a" / "3.jpg").write_bytes(noise((75, 60), 99))
+    with pytest.raises(DataError, match="a pack with other images, by their names, labels or sizes; give another folder"):
+        pack(find(str(root)), tmp_path / "pack", SMALL)
+    assert contents(tmp_path / "pack") == before
+
+
+def test_a_class_of_one_image_tells_of_the_option(tmp_path, capsys):
+    for c in ("a", "b"):
+        (tmp_path / "set" / c).mkdir(parents=True)
+        (tmp_path / "set" / c / "1.jpg").write_bytes(noise((30, 30), 1))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["pack", str(tmp_path / "set"), str(tmp_path / "pack")])
+    assert ended.value.code == 2
+    assert "set/a/1.jpg: the only image of its class; at least two are needed, one of them to test on; or, to hold none out, give --no-draw" in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_webdataset_library_reads_it(mixed, tmp_path):

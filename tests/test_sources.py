@@ -22,11 +22,11 @@ from local_server import Served, serving
 from PIL import Image
 
 from triscale import download
-from triscale.data import sources
+from triscale.data import named, sources
 from triscale.data.datasets import DataError, find, load, picture
 from triscale.data.decode import BadImage
 from triscale.data.shards import expand
-from triscale.data.sources import Arrays, Texts, hold_out, take
+from triscale.data.sources import Arrays, Texts, hold_out, split_of, take
 from triscale.data.tar import END, member, members
 from triscale.download import FetchError
 from triscale.recipe import Preprocess
@@ -211,6 +211,33 @@ def test_other_files_are_told_and_hidden_ones_are_not(tmp_path):
     assert sorted(value for part in (listing.train, listing.held_out) for value, _ in told(part)) == list(range(9))
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    class_folders(tmp_path, 9, classes=("bus", "car", "train"))
+    listing = find(str(tmp_path), draw=False)
+    assert listing.classes == ("bus", "car", "train")
+    assert sorted(told(listing.train)) == [(n, n % 3) for n in range(9)]
+    class_folders(tmp_path / "flat", 9, classes=("train", "val", "test"))  # splits without classes
+    with pytest.raises(DataError, match="no images found"):
+        find(str(tmp_path / "flat"))
+
+
+def test_images_in_folders_of_a_class_are_told(tmp_path):
+    class_folders(tmp_path, 9)
+    put(tmp_path / "ant" / "more" / "x.png", encoded(1))
+    assert find(str(tmp_path)).passed_over == ("ant/more (a folder; images in folders of a class's folder are not read)",)
+
+
+@pytest.mark.parametrize("text", ['{"wids_version": 1, "shardlist": []}', "<html>", "[" * 100_000, "[1]"])
+@pytest.mark.parametrize("kind", ["folder", "shards", "parquet"])
+def test_an_index_json_of_something_else_is_ignored_and_told_once(kind, text, tmp_path):
+    root = make(kind, tmp_path / "set")
+    before = find(root)
+    put(tmp_path / "set" / "index.json", text.encode())
+    listing = find(root)
+    assert told(listing.train) == told(before.train)
+    assert [note for note in listing.notes if "index.json is ignored" in note] == [f"{root}/index.json is ignored: it is no index of a pack"]
+
+
 def test_a_folder_of_classes_beside_its_archive_is_a_folder(tmp_path):
     class_folders(tmp_path, 9)
     put(tmp_path / "flowers.tar", b"")
@@ -309,6 +336,49 @@ def test_patterns_name_the_same_shards(tmp_path):
         find(f"{root}/train.tar.gz")
 
 
+def test_the_split_is_found_anywhere_in_a_name():
+    for name, split in (
+        ("train-000.tar", "train"),
+        ("Train_0.tar", "train"),
+        ("val00.tar", "val"),
+        ("imagenet1k-train-0000.tar", "train"),
+        ("imagenet1k-validation-00.tar", "validation"),
+        ("my-test-train-0.tar", "train"),
+        ("train-val-0.tar", "train"),
+        ("contest-trains.tar", ""),
+    ):
+        assert split_of(name) == split
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_evaluation_files_never_become_training_data(kind, tmp_path):
+    def write(name, numbers):
+        path = tmp_path / f"{name}.{kind}"
+        shard(path, numbers) if kind == "tar" else pq.write_table(table(numbers), path)
+
+    write("in1k-train-0", range(6))
+    write("in1k-validation-0", range(6, 9))
+    write("extra", range(9, 12))
+    write("._in1k-train-0", range(12, 15))
+    listing = find(str(tmp_path))
+    assert sorted(told(listing.train)) == [(n, n % 3) for n in range(6)]
+    assert sorted(told(listing.held_out)) == [(n, n % 3) for n in range(6, 9)]
+    assert listing.held_out_is == f"{tmp_path.name}/validation"
+    assert listing.passed_over == (f"extra.{kind} (neither train nor validation by its name)",)
+    (tmp_path / f"in1k-train-0.{kind}").unlink()
+    with pytest.raises(DataError, match=rf"in1k-validation-0\.{kind} is there to evaluate on .* beside extra\.{kind}"):
+        find(str(tmp_path))
+    (tmp_path / f"extra.{kind}").unlink()
+    assert sorted(told(find(str(tmp_path), draw=False).train)) == [(n, n % 3) for n in range(6, 9)]
+
+
+def test_what_macos_adds_to_archives_is_no_image(tmp_path):
+    files = [(f"{pre}{n}.{suffix}", b"x" if pre else data) for n in range(6) for suffix, data in (("png", encoded(n)), ("cls", b"%d" % (n % 3)))
+             for pre in ("._", "")]  # fmt: skip
+    listing = find(write_members(tmp_path / "x.tar", *files), draw=False)
+    assert told(listing.train) == [(n, n % 3) for n in range(6)]
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_and_json_labels_in_every_tar_format(form, tmp_path):
     long = "very/long/" * 12 + "ünï/" if form != tarfile.USTAR_FORMAT else "some/" * 20
@@ -342,6 +412,32 @@ def test_a_shard_cut_anywhere_is_named_with_the_byte(tmp_path):
     (tmp_path / "cut.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"cut\.tar: empty file"):
         find(str(tmp_path / "cut.tar"))
+
+
+def test_zeros_where_members_should_be_are_never_taken_for_the_end(tmp_path):
+    path = tmp_path / "x.tar"
+    shard(path, range(30))
+    data = path.read_bytes()
+    starts = [m.offset - 512 for m in members(data, "x")]
+
+    def said(changed):
+        path.write_bytes(changed)
+        with pytest.raises(DataError) as caught:
+            find(str(path))
+        return str(caught.value)
+
+    at = starts[20]
+    assert f"{path}: only zeros from byte {at} to its end at {len(data)}" in said(data[:at].ljust(len(data), b"\0"))
+    assert f"{path}: corrupt at byte {at}: zeros, then other data from byte {at + 512}" in said(data[:at] + bytes(512) + data[at + 512 :])
+    assert f"{path}: corrupt at byte {at}: zeros, then other data from byte {starts[23]}" in said(
+        data[:at] + bytes(starts[23] - at) + data[starts[23] :]
+    )
+    end = len(data.rstrip(b"\0")) + 511 & ~511
+    assert f"only zeros from byte {end}" in said(data[:end] + bytes(3 << 20))
+    assert "within the archive's end mark" in said(data[:end] + bytes(512))
+    for size in (end + 1024, end + 1024 + (20 << 10), -(-(end + 1024) // (1 << 20)) << 20):  # no padding, 20 KiB, a record of 1 MiB
+        path.write_bytes(data[:end].ljust(size, b"\0"))
+        assert len(find(str(path), draw=False).train) == 30
 
 
 def test_a_shard_cut_after_it_was_listed_gives_an_error_and_never_other_bytes(tmp_path):
@@ -439,6 +535,22 @@ def test_a_server_that_never_gives_all_is_named(server, tmp_path, monkeypatch):
             find(server.url(address))
 
 
+def test_a_page_in_place_of_a_shard_or_an_index_is_not_kept(server, tmp_path, home):
+    serve_folder(server, make("shards", tmp_path / "set"))
+    page, good = Served(b"<html>rate limited</html>" * 40), server.files["/set/train-000000.tar"]
+    server.files |= {"/set/index.json": page, "/set/train-000000.tar": page}
+    url = server.url("/set/train-00000{0..2}.tar")
+    with pytest.raises(DataError, match=r"http://.*/set/train-000000\.tar: no tar archive, but 1000 bytes that begin b'<html>rate"):
+        find(url)
+    server.files["/set/train-000000.tar"] = good
+    listing = find(url, draw=False)
+    assert sorted(told(listing.train)) == [(n, n % 3) for n in range(30)]
+    assert ["/set/index.json is ignored" in note for note in listing.notes] == [True]
+    assert sorted(p.suffix for p in home.rglob("*") if p.is_file() and p.stat().st_size) == [".tar"] * 3
+    with pytest.raises(DataError, match=r"/set/index\.json: no index of a pack; give its shards"):
+        find(server.url("/set/"))
+
+
 # Parquet
 
 
@@ -487,6 +599,20 @@ def test_parquet_that_is_not_what_it_should_be_is_named(tmp_path):
             find(str(path))
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match=r"x\.parquet: no Parquet file that can be read"):
+        find(str(path))
+
+
+def test_parquet_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path):
+    path, count = tmp_path / "x.parquet", 200_000
+    images = pa.StructArray.from_arrays([pa.nulls(count, pa.binary()), pa.nulls(count, pa.string())], ["bytes", "path"])
+    pq.write_table(pa.table({"image": images, "label": np.arange(count) % 2}), path)
+    with pytest.raises(DataError, match=r"x\.parquet: 200000 rows in \d+ bytes; expected a file of images"):
+        find(str(path))
+    pq.write_table(pa.table({"image": [{"bytes": bytes(3_000_000), "path": "x"}] * 2, "label": [0, 1]}), path, compression="zstd")
+    with pytest.raises(DataError, match=r"x\.parquet: a row group unpacks to \d+ bytes, more than 100 times"):
+        find(str(path))
+    pq.write_table(pa.table({"image": [{"bytes": b"x", "path": "y" * 500_000}] * 9, "label": [0, 1, 1] * 3}), path, compression="zstd")
+    with pytest.raises(DataError, match=r"x\.parquet: the names of its images take more than 100 times"):
         find(str(path))
 
 
@@ -558,6 +684,8 @@ def test_named_sets_as_torchvision_lays_them_out(name, tmp_path, monkeypatch):
             if k != "image"
         }
         monkeypatch.setattr(Flowers102, "_file_dict", Flowers102._file_dict | sums)
+    if name != "flowers102":
+        monkeypatch.setitem(named.COUNTS, name, 3)
     listing = find(name, str(tmp_path))
     assert sorted(told(listing.train)) == [(n, n % 3) for n in range(6)]
     assert sorted(told(listing.held_out)) == [(n, n % 3) for n in (6, 7, 8)]
@@ -582,6 +710,7 @@ def test_cifar_pickles_are_copied_to_where_all_processes_can_map_them(tmp_path, 
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]})
+    monkeypatch.setitem(named.COUNTS, "cifar100", 3)
     listing = find("cifar100", str(tmp_path))
     assert told(listing.train) == [(n, n % 3) for n in range(6)]
     assert told(listing.held_out) == [(n, n % 3) for n in range(6, 9)]
@@ -593,7 +722,8 @@ def test_cifar_pickles_are_copied_to_where_all_processes_can_map_them(tmp_path, 
         find("cifar100", str(tmp_path))
 
 
-def test_class_folders_of_a_named_set_train_on_its_validation_part_too(tmp_path):
+def test_class_folders_of_a_named_set_train_on_its_validation_part_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(named.COUNTS, "birdsnap", 3)
     for part, first in (("train", 0), ("val", 3), ("test", 6)):
         class_folders(tmp_path / "birdsnap" / part, 3, first)
     listing = find("birdsnap", str(tmp_path))
@@ -603,7 +733,8 @@ def test_class_folders_of_a_named_set_train_on_its_validation_part_too(tmp_path)
     assert told(pickle.loads(pickle.dumps(listing.train))) == told(listing.train)
 
 
-def test_parquet_of_a_named_set_trains_on_its_validation_part_too(tmp_path):
+def test_parquet_of_a_named_set_trains_on_its_validation_part_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(named.COUNTS, "flowers102", 3)
     folder = tmp_path / "flowers102" / "data"
     folder.mkdir(parents=True)
     for part, numbers in (("train", range(3)), ("validation", range(3, 6)), ("test", range(6, 9))):
@@ -639,6 +770,15 @@ def test_imagenet_has_its_names_in_the_order_of_every_checkpoint(tmp_path):
 def test_a_named_set_that_is_not_there_tells_the_layout(name, layout, tmp_path):
     with pytest.raises(DataError, match=rf"^{name}: not found in .*{layout}.*--data-dir"):
         find(name, str(tmp_path))
+
+
+def test_a_set_with_another_number_of_classes_is_not_taken_for_the_named_one(tmp_path):
+    for part, numbers in (("train", range(6)), ("test", range(6, 9))):
+        pq.write_table(table(numbers, names=CLASSES), tmp_path / f"{part}-00000.parquet")
+    class_folders(tmp_path / "train", 6)
+    for name, count in (("cifar10", 10), ("cifar100", 100), ("imagenet", 1000)):
+        with pytest.raises(DataError, match=rf"^{name}: expected {count} classes, found 3 \(ant, bee, cat and so on\)"):
+            find(name, str(tmp_path))
 
 
 def test_names_are_suggested():

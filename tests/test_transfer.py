@@ -7,17 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import triscale as ts
 from triscale.blocks import BatchNorm
 from triscale.classify import Evaluated, Running, Start, Stopped, prepare, preprocess_for, run_folder, start_from, train_classifier
+from triscale.commands.training import Train, _beginning
 from triscale.data.datasets import DataError, ImageData, Splits, find
 from triscale.recipe import Recipe
 from triscale.recipes import FINETUNE, RECIPES
+from triscale.reproduce.transfer import _told
 from triscale.train.loop import Note, Step
 from triscale.weights.load import WeightsError, WeightsWarning
 from triscale.weights.model_file import load_model
+from triscale.weights.open import trunk_of
 
 NET = ts.Arch(
     ts.Stem(8),
@@ -222,3 +226,34 @@ def test_advprop_saves_a_network_without_auxiliary_norms(tmp_path):
     assert any("auxiliary" in name for name in last.net.state_dict())
     for name, value in net.state_dict().items():
         assert torch.equal(value, last.net.state_dict()[name])
+
+
+def test_a_partial_checkpoint_tells_its_network_and_what_to_feed_it(shared):
+    arch, preprocess, _ = trunk_of(shared / "weights/efficientnet_b0_partial/efficientnet_b0.lukemelas.partial.safetensors")
+    assert arch.topology == ts.arch("efficientnet_b0").topology
+    assert (arch.numerics.padding, arch.numerics.norm_eps) == ("same", 1e-3)
+    assert preprocess.size == 224
+
+
+def test_naming_the_network_keeps_the_checkpoints_numerics_and_preprocessing(tmp_path):
+    """torchvision's B0 pads symmetrically and has eps 1e-5, whether or not --arch names it."""
+    torch.save(torchvision.models.efficientnet_b0().state_dict(), tmp_path / "b0.pth")
+    plain, named = (_beginning(Train("photos", weights=str(tmp_path / "b0.pth"), arch=name)) for name in (None, "efficientnet_b0"))
+    assert plain[0].numerics == named[0].numerics
+    assert (named[0].numerics.padding, named[0].numerics.norm_eps) == ("symmetric", 1e-5)
+    assert plain[2] == named[2] is not None
+    with pytest.raises(ValueError, match="--raw"):
+        _beginning(Train("photos", raw=True))
+
+
+def test_a_probes_fresh_classifier_is_small_and_anothers_is_the_official_one():
+    state = checkpoint()
+    probe, whole = (start_from(NET, tuple("abc"), 3, replace(RECIPE, freeze=f), Start(state)).net.classifier for f in (True, False))
+    assert torch.allclose(probe.weight, 0.03 * whole.weight)
+
+
+def test_table_5_shows_the_protocols_kind_of_accuracy_and_only_shares():
+    line = {"_from": "x", "dataset": "flowers102", "network": "b0", "top1": 0.9, "mean_per_class": 0.8}
+    assert _told(line).startswith("b0 80.0 (mean per class")
+    with pytest.raises(ValueError, match="0 to 1"):
+        _told({**line, "mean_per_class": 80.0})

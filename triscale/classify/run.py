@@ -124,7 +124,7 @@ class _Run:
         self.feeding = Feeding(running.workers, running.broken_share, (here.rank, here.size), str(here.device))
         data.check_labels()
         identity = {"recipe": recipe.to_dict(), "arch": json.loads(arch.to_json()), "preprocess": preprocess.to_dict()}
-        identity |= {"classes": list(data.classes), "data": data.fingerprint()}
+        identity |= {"classes": list(data.classes), "data": data.fingerprint(), "streamed": data.streamed}  # another decoder, other pixels
         self.data, self.chosen_by = data.without_minival(recipe.minival) if recipe.minival else (data, data.held_out)
         network = start_from(arch, data.classes, preprocess.channels, recipe, start)
         if start:
@@ -293,6 +293,7 @@ class _Run:
             return None
         path, tensors, about = found
         about["recipe"] = Recipe.from_dict(about["recipe"]).to_dict()  # fields that came after the checkpoint have their defaults
+        about.setdefault("streamed", False)
         different = differences({k: about.get(k) for k in self.identity}, self.identity)
         if different:
             raise ResumeError(f"{path}: of another training ({'; '.join(different[:5])}); resume it as it was, or give another --out")

@@ -19,6 +19,8 @@ from triscale.train.advprop import with_auxiliary_norms
 from triscale.train.freeze import freeze
 from triscale.weights.load import load_weights
 
+PROBE = 0.03  # of a fresh classifier's values over a frozen body
+
 
 @dataclass(frozen=True)
 class Start:
@@ -58,6 +60,8 @@ def start_from(arch: Arch, classes: tuple[str, ...], channels: int, recipe: Reci
         fresh = {k: v.clone() for k, v in net.state_dict().items() if k.startswith("classifier.")}
         _load(net, start)
         if start.classes != classes:
+            if recipe.freeze and net.classifier is not None:  # the official values, +-1/sqrt(classes), drown what a probe learns
+                fresh = {k: v * PROBE for k, v in fresh.items()}
             net.load_state_dict(fresh, strict=False)
         check = _check(net)
     if recipe.norm_momentum:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from triscale.commands.bars import bars
 from triscale.quantities import count, size
+from triscale.text import printable
 
 if TYPE_CHECKING:
     from triscale.data.datasets import Listing, Watch
@@ -70,6 +71,7 @@ def pack(
 
 def _pack(find: Callable[[Watch], Listing], out: Path, packing: Packing, workers: int) -> Index:
     from triscale.data.pack import pack
+    from triscale.data.sources import DataError, LoneImageError
 
     with bars() as bar:
         task = bar.add_task("listing images", total=None)
@@ -77,12 +79,15 @@ def _pack(find: Callable[[Watch], Listing], out: Path, packing: Packing, workers
         def watch(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        listing = find(watch)
+        try:
+            listing = find(watch)
+        except LoneImageError as error:
+            raise DataError(f"{error}; or, to hold none out, give --no-draw") from None
         for note in listing.notes:
             bar.console.print(note, highlight=False)
         if listing.passed_over:
             names = ", ".join(listing.passed_over[:5]) + (f" and {len(listing.passed_over) - 5} more" if len(listing.passed_over) > 5 else "")
-            bar.console.print(f"passed over, not images by their names: {names}", highlight=False, markup=False)
+            bar.console.print(f"passed over: {names}", highlight=False, markup=False)
         bar.remove_task(task)
         task = bar.add_task("packing", total=None, unit="images")
         try:
@@ -104,7 +109,7 @@ def _tell(out: Path, index: Index) -> None:
         print(f"{sum(s.samples for s in shards)} images {what} in {len(shards)} shards, {size(sum(s.bytes for s in shards))}")
     print(f"{len(index.classes)} classes; held out are {index.held_out_is}. Pack: {out}")
     for reason in index.left_out[:SHOWN]:
-        print(f"left out: {reason}", file=sys.stderr)
+        print(f"left out: {printable(reason)}", file=sys.stderr)
     if index.left_out:
         more = f", {SHOWN} of them named here" if len(index.left_out) > SHOWN else ""
         total = len(index.left_out) + sum(s.samples for s in index.shards)

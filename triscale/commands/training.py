@@ -17,7 +17,7 @@ from triscale.commands.bars import bars
 from triscale.commands.networks import read_arch
 from triscale.commands.run_folder import run_folder, undo
 from triscale.quantities import count, short
-from triscale.recipe import Recipe
+from triscale.recipe import UNIT_MEAN, UNIT_STD, Recipe
 from triscale.recipes import FINETUNE, named
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Train:
     """A network's name, or a .json file; that of --weights, else efficientnet_b0 unless given."""
     weights: str | None = None
     """Begin with these under a new classifier: a model file, a checkpoint of timm, torchvision, Keras and others, or a published
-    one, efficientnet_b0:imagenet-aa. With --arch up to a tenth of its tensors may be missing."""
+    one, efficientnet_b0:imagenet-aa. Up to a tenth of its tensors may be missing, which is told."""
     raw: bool = False
     """Of --weights, not the moving averages."""
     offline: bool = False
@@ -160,16 +160,27 @@ def train(options: Train) -> int:
 def _beginning(options: Train) -> tuple[Arch, Start | None, Preprocess | None]:
     """The network, what to load into it, and the preprocessing that came with the weights."""
     if options.weights is None:
+        if options.raw or options.offline:
+            raise ValueError("--raw and --offline: of --weights, which isn't given")
         return read_arch(options.arch or "efficientnet_b0"), None, None
     from triscale.classify import Start
     from triscale.commands.running import Reading
+    from triscale.weights.dialects import WeightsError
+    from triscale.weights.open import trunk_of
 
     if options.macs is not None:
         raise ValueError("--macs: a network that weights are loaded into can't be scaled; leave one of the two out")
     label = Path(options.weights).name
-    if options.arch is not None:
-        return read_arch(options.arch), Start(options.weights, raw=options.raw, label=label), None
-    net, card = Reading(raw=options.raw, offline=options.offline).open("train", options.weights)
+    try:
+        net, card = Reading(arch=options.arch, raw=options.raw, offline=options.offline).open("train", options.weights)
+    except WeightsError as error:  # a checkpoint that lacks tensors, e.g. a backbone's, may still do
+        try:
+            arch, preprocess, said = trunk_of(options.weights, arch=read_arch(options.arch) if options.arch else None, raw=options.raw)
+        except ValueError:
+            raise error from None
+        if FIRST:
+            print(f"triscale train: {label} is not whole; assumed: {'; '.join(said)}", file=sys.stderr)
+        return arch, Start(options.weights, raw=options.raw, label=label), preprocess
     return card.arch, Start(net.state_dict(), card.classes, label=label), card.preprocess
 
 
@@ -177,15 +188,18 @@ def _preprocess(options: Train, arch: Arch, channels: int, given: Preprocess | N
     from triscale.classify import preprocess_for
 
     preprocess = replace(given, size=arch.resolution) if given else preprocess_for(arch.resolution, channels)
-    padding = 0 if options.data in SMALL else options.crop_padding
-    return preprocess if padding is None else replace(preprocess, crop_padding=options.crop_padding if options.crop_padding is not None else padding)
+    if options.settings.advprop and not given and channels == 3:
+        preprocess = replace(preprocess, mean=UNIT_MEAN, std=UNIT_STD)  # as the official AdvProp checkpoints have it
+    small = options.data in SMALL or (options.resolution is not None and options.resolution < 96)
+    padding = options.crop_padding if options.crop_padding is not None else 0 if small else preprocess.crop_padding
+    return replace(preprocess, crop_padding=padding)
 
 
 def _remarks(listing: Listing) -> None:
     for note in listing.notes:
         print(note, file=sys.stderr)
     if listing.passed_over:
-        print(f"passed over, not images by their names: {_some(listing.passed_over)}", file=sys.stderr)
+        print(f"passed over: {_some(listing.passed_over)}", file=sys.stderr)
 
 
 def _running(options: Train, arch: Arch, data: Data, channels: int) -> Running:

@@ -2,7 +2,8 @@
 
 DATA is one of these.
 
-- a folder with one folder of images per class, or with `train` and one of `val`, `valid`, `validation`, `test` inside, each so
+- a folder with one folder of images per class, or with `train` and one of `val`, `valid`, `validation`, `test` inside, each so;
+  images in folders within a class's folder are not read, and told
 - tar shards in WebDataset layout: a pattern such as train-{000000..000146}.tar or http://host/train-{000000..000146}.tar, or a
   folder that holds train-*.tar and val-*.tar (`data/shards.py`); what `triscale pack` writes is one
 - a .parquet file, or a folder of train-*.parquet and validation-*.parquet or test-*.parquet (`data/parquet.py`)
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from triscale.data.decode import IMAGE_SUFFIXES, BadImage, decode
-from triscale.data.index import INDEX
+from triscale.data.index import foreign_note, has_index
 from triscale.data.samples import Samples
-from triscale.data.sources import DataError, Folder, parts
+from triscale.data.sources import EVALUATION, DataError, Folder, parts
 from triscale.data.transform import square
 from triscale.naming import unknown
 from triscale.recipe import Preprocess
@@ -38,7 +39,7 @@ NAMED = (
     "digits", "cifar10", "cifar100", "birdsnap", "stanford-cars", "flowers102", "fgvc-aircraft", "oxford-iiit-pet", "food101", "imagenet",
 )  # fmt: skip
 MEMORY_LIMIT = 8 << 30  # bytes of decoded images
-EVALUATION_FOLDERS = ("val", "valid", "validation", "test")
+EVALUATION_FOLDERS = EVALUATION
 Progress = Callable[[int, int], None]
 Watch = Callable[[str, int, int], None]  # what is being prepared, done, in all
 
@@ -110,15 +111,19 @@ def _directory(root: Path, watch: Watch | None, draw: bool) -> Listing:
     from triscale.data import parquet, shards
 
     try:
-        if (root / INDEX).is_file():
+        if has_index(root):
             return shards.find_shards(str(root), watch, draw=draw)
         train_root = root / "train" if (root / "train").is_dir() else root
         scan = _scan(train_root)
+        if not scan.images and train_root is not root and not (whole := _scan(root)).images.keys() <= {"train", *EVALUATION_FOLDERS}:
+            train_root, scan = root, whole  # a class of trains, with images in its folder
         if not scan.images and any(root.glob("*.tar")):
             return shards.find_shards(str(root), watch, draw=draw)
         if not scan.images and (found := parquet.splits(root)):
-            return parquet.find_parquet(str(root), *found, watch, draw=draw)
-        return _folder(root, train_root, scan, draw)
+            train, held_out, over = found
+            listing = parquet.find_parquet(str(root), train, held_out, watch, draw=draw)
+            return listing._replace(passed_over=over, notes=foreign_note(root) + listing.notes)
+        return _folder(root, train_root, scan, draw)._replace(notes=foreign_note(root))
     except PermissionError as error:
         raise DataError(f"{printable(str(error.filename))}: cannot be opened (permission denied); make it readable, or give another folder") from None
 
@@ -144,7 +149,7 @@ def load(listing: Listing, preprocess: Preprocess, progress: Progress | None = N
     read = [_read(part, preprocess, tick) for part in (listing.train, listing.held_out)]
     for part, samples in zip(read, (listing.train, listing.held_out), strict=True):
         for label in set(samples.labels.tolist()) - set(part.labels.tolist()):
-            raise DataError(f"{listing.data}: no image of class '{listing.classes[label]}' can be read; the first: {part.left_out[0]}")
+            raise DataError(f"{listing.data}: no image of class '{printable(listing.classes[label])}' can be read; the first: {part.left_out[0]}")
     return Splits(read[0], read[1], listing.classes, listing.held_out_is)
 
 
@@ -234,8 +239,12 @@ def _scan(root: Path) -> _Scan:
             over.append(f"{printable(folder)}/ (no images)")
         if len(found) != len(names):
             known = set(found)
-            over += [printable(f"{folder}/{name}") for name in names if name not in known]
+            over += [_passed_over(root, f"{folder}/{name}") for name in names if name not in known]
     return _Scan(images, tuple(over))
+
+
+def _passed_over(root: Path, name: str) -> str:
+    return printable(name) + (" (a folder; images in folders of a class's folder are not read)" if (root / name).is_dir() else "")
 
 
 def _samples(root: Path, scan: _Scan, classes: tuple[str, ...]) -> Folder:

@@ -24,6 +24,7 @@ from triscale.text import printable
 # So half the colour resolution, and 90 unless asked otherwise, as a pack is read many times. Huffman tables of its own make each
 # picture 3 % smaller and 4 % faster to decode, and take twice as long to encode, once.
 SUBSAMPLING = "4:2:0"
+JPEG_SIDE = 65_500  # pixels, of libjpeg
 _KINDS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II", "tif"), (b"MM", "tif"), (b"RIFF", "webp"))
 
 
@@ -41,9 +42,10 @@ def encoded(samples: Samples, number: int, short_side: int, quality: int) -> byt
     """The image file that a pack holds for this sample. Raises BadImage.
 
     Every image is decoded, so that a broken one is found now. One whose shorter side exceeds short_side is resized to it
-    (Lanczos, antialiased) and becomes a JPEG of this quality, upright and without metadata. Other JPEG and PNG files stay byte for
-    byte: to encode small images again would blur them, and save nothing. What most readers of shards don't know (GIF, BMP, TIFF,
-    PPM, WebP), and pixels, become PNG without loss. short_side 0: every file stays byte for byte, whatever it is.
+    (Lanczos, antialiased) and becomes a JPEG of this quality, upright and without metadata; a PNG where its longer side exceeds
+    JPEG_SIDE. Other JPEG and PNG files stay byte for byte: to encode small images again would blur them, and save nothing. What
+    most readers of shards don't know (GIF, BMP, TIFF, PPM, WebP), and pixels, become PNG without loss. short_side 0: every file
+    stays byte for byte, whatever it is.
     """
     name = samples.name(number)
     try:
@@ -52,16 +54,15 @@ def encoded(samples: Samples, number: int, short_side: int, quality: int) -> byt
         raise BadImage(f"{name}: cannot be opened ({printable(error.strerror or str(error))})") from None
     small = _from_large_jpeg(data, short_side) if isinstance(data, bytes) and short_side else None
     if small is not None:
-        return _jpeg(Image.fromarray(small), quality)
+        return _jpeg(Image.fromarray(small), quality, name)
     pixels = data if isinstance(data, np.ndarray) else decode(data, name=name)
     size = _smaller(pixels.shape[1], pixels.shape[0], short_side)
     if short_side and min(pixels.shape[:2]) > short_side:
-        return _jpeg(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS), quality)
+        picture = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+        return _jpeg(picture, quality, name) if max(size) <= JPEG_SIDE else _png(picture, name)
     if isinstance(data, bytes) and (not short_side or suffix(data) in ("jpg", "png")):
         return data
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
+    return _png(Image.fromarray(pixels), name)
 
 
 def _smaller(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -93,7 +94,19 @@ def _from_large_jpeg(data: bytes, short_side: int) -> np.ndarray | None:
         return None
 
 
-def _jpeg(picture: Image.Image, quality: int) -> bytes:
+def _jpeg(picture: Image.Image, quality: int, name: str) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=quality, subsampling=SUBSAMPLING, optimize=True)
+    try:
+        picture.save(out, "JPEG", quality=quality, subsampling=SUBSAMPLING, optimize=True)
+    except OSError as error:  # of the encoder: nothing is written to a disk here
+        raise BadImage(f"{name}: cannot be encoded as JPEG ({error})") from None
+    return out.getvalue()
+
+
+def _png(picture: Image.Image, name: str) -> bytes:
+    out = io.BytesIO()
+    try:
+        picture.save(out, "PNG")
+    except OSError as error:
+        raise BadImage(f"{name}: cannot be encoded as PNG ({error})") from None
     return out.getvalue()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from typing import Any
 import numpy as np
 
 from triscale.data.sources import DataError, Texts
+from triscale.text import printable
 
 FORMAT = 1
 INDEX, ROWS = "index.json", "index.safetensors"
 LIMITS = {INDEX: 1 << 28, ROWS: 1 << 34}  # bytes; a billion images have more rows than this
+MOST_BYTES = 1 << 50  # of a shard: a petabyte
+SPLITS = ("train", "val")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _NUMBERS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32, "crc": np.uint32}
 
 
@@ -81,6 +86,27 @@ def write_rows(path: Path, rows: Rows) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def has_index(folder: Path) -> bool:
+    """Whether the folder is a pack's, by its index.json, however damaged: other programs have files of this name too."""
+    if not (folder / INDEX).is_file():
+        return False
+    return (folder / ROWS).is_file() or _seems_index(folder / INDEX)
+
+
+def foreign_note(folder: Path) -> tuple[str, ...]:
+    """What to tell of an index.json that isn't a pack's."""
+    there = (folder / INDEX).is_file() and not has_index(folder)
+    return (printable(f"{folder / INDEX} is ignored: it is no index of a pack"),) if there else ()
+
+
+def _seems_index(path: Path) -> bool:
+    try:
+        found = json.loads(_bytes(path))
+    except (ValueError, RecursionError):  # DataError is one
+        return False
+    return isinstance(found, dict) and {"format", "shards"} <= found.keys()
+
+
 def read_index(path: Path) -> Index:
     """index.json. Raises DataError for anything else, and for one that was changed."""
     try:
@@ -91,10 +117,12 @@ def read_index(path: Path) -> Index:
         if found["sha256"] != _sum(body):
             raise DataError(f"{path}: its check sum is wrong: a byte of it has changed; fetch or pack it again")
         shards = tuple(Shard(**s) for s in body["shards"])
+        if not shards:
+            raise ValueError("no shards")
         if not all(_sound(s) for s in shards) or body["rows"]["file"] != ROWS:
             raise ValueError("names or sizes that no pack has")
-        classes, left_out = (tuple(map(str, body[name])) for name in ("classes", "left_out"))
-        return Index(dict(body["about"]), classes, str(body["held_out_is"]), shards, left_out, str(body["rows"]["sha256"]))
+        classes, left_out = (tuple(_shown(str(text)) for text in body[name]) for name in ("classes", "left_out"))
+        return Index(dict(body["about"]), classes, printable(str(body["held_out_is"])), shards, left_out, str(body["rows"]["sha256"]))
     except DataError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -102,10 +130,21 @@ def read_index(path: Path) -> Index:
 
 
 def _sound(shard: Shard) -> bool:
-    """A plain file name in the index's own folder, and sizes that are numbers."""
-    plain = isinstance(shard.file, str) and shard.file.endswith(".tar") and Path(shard.file).name == shard.file and "\\" not in shard.file
-    numbers = all(type(n) is int and n >= 0 for n in (shard.samples, shard.bytes))
-    return plain and numbers and isinstance(shard.sha256, str) and isinstance(shard.split, str)
+    """A plain file name in the index's own folder, and sizes that a file may have."""
+    plain = (
+        isinstance(shard.file, str)
+        and shard.file.endswith(".tar")
+        and Path(shard.file).name == shard.file
+        and "\\" not in shard.file
+        and shard.file.isprintable()
+    )
+    numbers = all(type(n) is int and 0 <= n <= MOST_BYTES for n in (shard.samples, shard.bytes))
+    return plain and numbers and isinstance(shard.sha256, str) and shard.split in SPLITS
+
+
+def _shown(text: str) -> str:
+    """Without control characters, which steer terminals; a class may be called anything else."""
+    return _CONTROL.sub(lambda found: printable(found[0]), text)
 
 
 def read_rows(path: Path, index: Index) -> Rows:

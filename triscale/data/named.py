@@ -16,6 +16,8 @@ import numpy as np
 from triscale.data.cache import cache_folder, locked
 from triscale.data.sources import Arrays, DataError, Folder, Joined, parts
 from triscale.files import write_whole
+from triscale.recipes import FINETUNE
+from triscale.text import printable
 
 if TYPE_CHECKING:
     from triscale.data.datasets import Listing, Watch
@@ -42,6 +44,7 @@ _SETS = {
     "oxford-iiit-pet": _Torchvision("OxfordIIITPet", "oxford-iiit-pet", "images and annotations", ("trainval",), "_images", "Oxford-IIIT Pet"),
     "food101": _Torchvision("Food101", "food-101", "images and meta", ("train",), "_image_files", "Food-101"),
 }
+COUNTS = {"imagenet": 1000, **{name: about.classes for name, about in FINETUNE.items()}}  # classes
 _CIFAR = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
 
 
@@ -50,6 +53,15 @@ def find_named(name: str, data_dir: str | None, watch: Watch | None = None, *, d
     if name == "digits":
         return _digits(draw)
     root = Path(data_dir or os.environ.get("TRISCALE_DATA", "data"))
+    listing = _found(name, root, watch, draw)
+    if len(listing.classes) != COUNTS[name]:
+        some = printable(", ".join(listing.classes[:3]))
+        what = f"expected {COUNTS[name]} classes, found {len(listing.classes)} ({some} and so on) in {root}: this is another data set"
+        raise DataError(f"{name}: {what}; give its own folder as DATA, or the one that holds {name} with --data-dir")
+    return listing
+
+
+def _found(name: str, root: Path, watch: Watch | None, draw: bool) -> Listing:
     if name in _CIFAR and (root / _CIFAR[name][1]).is_dir():
         return _cifar(name, root)
     if name in _SETS and (root / _SETS[name].folder).is_dir() and not (root / _SETS[name].folder / "train").is_dir():
@@ -76,11 +88,11 @@ def _expected(name: str) -> str:
 def _own_folder(name: str, root: Path, watch: Watch | None, draw: bool) -> Listing | None:
     """In the folder of its name, in any layout; CIFAR's Parquet files and ImageNet's folders also right in `root`."""
     from triscale.data.datasets import find, part_of
-    from triscale.data.parquet import splits
+    from triscale.data.parquet import by_split
 
     folders = [root / name, *([root / _SETS[name].folder] if name in _SETS else [])]
-    if (name == "imagenet" and (root / "train").is_dir()) or (name in _CIFAR and root.is_dir() and splits(root)):
-        folders = [root]
+    if (name == "imagenet" and (root / "train").is_dir()) or (name in _CIFAR and root.is_dir() and by_split(root)):
+        folders.append(root)
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
         return None

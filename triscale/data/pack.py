@@ -4,6 +4,7 @@ The folder holds train-000000.tar and so on, val-000000.tar and so on, index.jso
 WebDataset reader reads the shards: KEY.jpg or KEY.png, and KEY.cls with the class number. Training images are shuffled once, by
 a generator of fixed seed, so that a reader that streams sees all classes mixed.
 
+A source counts as the same by the names, labels and sizes of its images, in order; their times are not asked, which copying changes.
 The same images, settings and version of Pillow give the same bytes, with any number of workers and however often it was stopped:
 what is done is kept shard by shard in `.packing`, which is gone at the end.
 """
@@ -30,7 +31,8 @@ from triscale.data.decode import BadImage
 from triscale.data.encode import encoded_as, suffix
 from triscale.data.index import INDEX, ROWS, Index, Rows, Shard, index_text, read_index, write_rows
 from triscale.data.pool import encode_all
-from triscale.data.sources import DataError, Texts
+from triscale.data.shards import Shards
+from triscale.data.sources import DataError, Folder, Joined, Slices, Subset, Texts
 from triscale.data.tar import BLOCK, END, member
 from triscale.files import write_text
 
@@ -123,11 +125,28 @@ def _about(listing: Listing, packing: Packing) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(listing.classes).encode())
     for samples in (listing.train, listing.held_out):
         digest.update(samples.labels.tobytes())
+        digest.update(np.array([_size(samples, i) for i in range(len(samples))], np.int64).tobytes())
         digest.update("\n".join(map(samples.name, range(len(samples)))).encode("utf-8", "surrogateescape"))
     turbo = features.version("libjpeg_turbo")
     library = f"Pillow {PIL.__version__}, {'libjpeg-turbo' if turbo else 'libjpeg'} {turbo or features.version('jpg')}"
     encoder = encoded_as(packing.short_side)
     return {**asdict(packing), "images": digest.hexdigest(), "encoder": f"{encoder}, {library}" if packing.short_side else encoder}
+
+
+def _size(samples: Samples, number: int) -> int:
+    """Bytes of the image file, 0 for pixels: tells most of those that were replaced under the same names. -1: no such file."""
+    if isinstance(samples, Subset):
+        return _size(samples.samples, int(samples.numbers[number]))
+    if isinstance(samples, Joined):
+        return _size(*samples.place(number))
+    if isinstance(samples, Slices):
+        return int(samples.ends[number + 1] - samples.ends[number])
+    if isinstance(samples, Shards):
+        return int(samples.size[number])
+    try:
+        return os.stat(samples.path(number)).st_size if isinstance(samples, Folder) else 0
+    except OSError:
+        return -1
 
 
 def _refuse(out: Path, about: dict[str, Any]) -> None:
@@ -145,7 +164,8 @@ def _refuse(out: Path, about: dict[str, Any]) -> None:
         found = read_index(out / INDEX).about if whole else json.loads(begun.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(f"{begun}: cannot be read ({error}); delete {out} and pack again") from None
-    other = [f"{k} {found.get(k)!r}, now {v!r}" for k, v in about.items() if found.get(k) != v]
+    told = "other images, by their names, labels or sizes"
+    other = [told if k == "images" else f"{k} {found.get(k)!r}, now {v!r}" for k, v in about.items() if found.get(k) != v]
     if other:
         raise DataError(f"{out}: a pack with {'; '.join(other)[:300]}; give another folder, or delete this one")
 

@@ -9,47 +9,50 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from triscale.data import sources
 from triscale.data.cache import cache_folder, locked
-from triscale.data.sources import DataError, Slices, Texts, parts
+from triscale.data.sources import DataError, Slices, Texts, parts, split_of
 from triscale.files import write_whole
 from triscale.quantities import size as size_text
+from triscale.text import printable
 
 if TYPE_CHECKING:
     from triscale.data.datasets import Listing, Watch
 
-EVALUATION = ("val", "valid", "validation", "test")
 IMAGE, LABEL = ("image", "img"), ("label", "fine_label")  # the second names are CIFAR's on the hub
-AT_A_TIME = 256  # images
+AT_A_TIME = 64  # images
+NAMES_AT_A_TIME = 4096
+LEAST_ROW = 16  # bytes of a file that a row takes at least, after the first 65,536: the smallest image has some 35
 GROWTH = 100  # times a file's size that it may unpack to: encoded images hardly shrink
-_SPLIT = re.compile(rf"(train|{'|'.join(EVALUATION)})([-_.].*)?\.parquet")
 
 
 def by_split(root: Path) -> dict[str, list[Path]]:
-    """The Parquet files of a folder, or of `data` in it as the hub has it, by the first word of their names; "" for others."""
+    """The Parquet files of a folder, or of `data` in it as the hub has it, by the split that their names tell; "" for others."""
     for folder in (root, root / "data"):
         named: dict[str, list[Path]] = {}
         for path in sorted(p for p in folder.glob("*.parquet") if not p.name.startswith(".")):
-            match = _SPLIT.fullmatch(path.name)
-            named.setdefault(match[1] if match else "", []).append(path)
+            named.setdefault(split_of(path.name), []).append(path)
         if named:
             return named
     return {}
 
 
-def splits(root: Path) -> tuple[list[Path], list[Path]] | None:
-    """(training files, evaluation files) of a folder; no evaluation files: all are one. None where there are none at all."""
-    named = by_split(root)
-    other = next((s for s in EVALUATION if s in named), None)
-    if "train" in named and other:
-        return named["train"], named[other]
-    return ([p for part in named.values() for p in part], []) if named else None
+def splits(root: Path) -> tuple[list[Path], list[Path], tuple[str, ...]] | None:
+    """(training files, evaluation files, what is in neither) of a folder; no evaluation files: all are one. None where there are none
+    at all. Raises DataError where evaluation files would be mixed with others."""
+    paths = sorted(p for part in by_split(root).values() for p in part)
+    if not paths:
+        return None
+    named, over = sources.by_split(paths, str(root))
+    first, *others = named.values()
+    over += tuple(printable(p.name) for part in others[1:] for p in part)
+    return first, others[0] if others else [], over
 
 
 def find_parquet(data: str, train: Sequence[Path], held_out: Sequence[Path], watch: Watch | None = None, *, draw: bool = True) -> Listing:
@@ -64,25 +67,23 @@ def find_parquet(data: str, train: Sequence[Path], held_out: Sequence[Path], wat
     if len(samples) == 1:
         mine, rest, held_out_is = parts(samples[0], len(classes), draw)
         return Listing(data, mine, rest, classes, held_out_is, (), "parquet", notes)
-    match = _SPLIT.fullmatch(held_out[0].name)
-    return Listing(data, samples[0], samples[1], classes, f"{Path(data).name}/{match[1] if match else 'test'}", (), "parquet", notes)
+    return Listing(data, samples[0], samples[1], classes, f"{Path(data).name}/{split_of(held_out[0].name) or 'test'}", (), "parquet", notes)
 
 
 def _samples(paths: Sequence[Path], watch: Watch | None) -> Slices:
-    labels, names = [], []
+    labels = []
     for path in paths:
         file = _open(path)
-        label, image = _column(file, LABEL, path), _column(file, IMAGE, path)
+        label = _column(file, LABEL, path)
+        _column(file, IMAGE, path)
         labels.append(_labels(file.read(columns=[label])[label], path))
-        stored = _stored_names(file, image)
-        names += [name or f"{path.name}:{i}" for i, name in enumerate(stored)]
     both = np.concatenate(labels)
     if not len(both):
         raise DataError(f"{paths[0]}: no rows in it")
     stored_at, ends = _copy(paths, watch)
     if len(ends) != len(both) + 1:
         raise DataError(f"{stored_at}: made of another state of {paths[0]}; delete it and call again")
-    return Slices(stored_at, ends, both, Texts(names))
+    return Slices(stored_at, ends, both, Texts(name for path in paths for name in _names(path)))
 
 
 def _open(path: Path) -> Any:
@@ -91,9 +92,21 @@ def _open(path: Path) -> Any:
     except ImportError:
         raise DataError("reading Parquet needs pyarrow: pip install 'triscale[data]'") from None
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: no Parquet file that can be read ({_line(error)})") from None
+    _check_sizes(file.metadata, path)
+    return file
+
+
+def _check_sizes(about: Any, path: Path) -> None:
+    """Raises DataError for more rows, or larger row groups, than images can make of a file of this size: they'd fill the memory."""
+    there = path.stat().st_size
+    if about.num_rows > (1 << 16) + there // LEAST_ROW:
+        raise DataError(f"{path}: {about.num_rows} rows in {there} bytes; expected a file of images, which has {LEAST_ROW} bytes a row or more")
+    most = max((about.row_group(i).total_byte_size for i in range(about.num_row_groups)), default=0)
+    if most > GROWTH * there + (1 << 20):
+        raise DataError(f"{path}: a row group unpacks to {most} bytes, more than {GROWTH} times the file's size; it is not what it seems")
 
 
 def _line(error: Exception) -> str:
@@ -122,14 +135,24 @@ def _labels(column: Any, path: Path) -> np.ndarray:
     return labels
 
 
-def _stored_names(file: Any, image: str) -> list[str | None]:
+def _names(path: Path) -> Iterator[str]:
+    """Of the images, some at a time; FILE:ROW for one without. Raises DataError where they take more than the file could hold."""
     import pyarrow as pa
 
+    file = _open(path)
+    image, rows = _column(file, IMAGE, path), int(file.metadata.num_rows)
     kind = file.schema_arrow.field(image).type
     if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
-        return [None] * int(file.metadata.num_rows)
-    column = file.read(columns=[f"{image}.path"])[image].combine_chunks()
-    return list(column.flatten()[0].to_pylist()) if len(column) else []
+        yield from (f"{path.name}:{i}" for i in range(rows))
+        return
+    left, done = GROWTH * path.stat().st_size + (1 << 20), 0
+    for batch in file.iter_batches(NAMES_AT_A_TIME, columns=[f"{image}.path"]):
+        column = batch.column(0).flatten()[0]
+        left -= column.nbytes
+        if left < 0:
+            raise DataError(f"{path}: the names of its images take more than {GROWTH} times the file's size; it is not what it seems")
+        yield from (name or f"{path.name}:{i}" for i, name in enumerate(column.to_pylist(), done))
+        done += len(column)
 
 
 def _classes(path: Path, count: int) -> tuple[str, ...]:

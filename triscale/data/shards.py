@@ -20,19 +20,17 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from triscale.data.decode import IMAGE_SUFFIXES
-from triscale.data.index import INDEX, ROWS, Index, read_index, read_rows
-from triscale.data.sources import LARGEST_FILE, DataError, Maps, Texts, parts
+from triscale.data.index import INDEX, ROWS, Index, foreign_note, has_index, read_index, read_rows
+from triscale.data.sources import EVALUATION, LARGEST_FILE, TRAIN, DataError, Maps, Texts, by_split, parts
 from triscale.data.tar import Member, members
 from triscale.text import printable
 
 if TYPE_CHECKING:
     from triscale.data.datasets import Listing, Watch
 
-TRAIN, EVALUATION = "train", ("val", "valid", "validation", "test")
 MOST_SHARDS = 100_000
 MOST_CLASSES = 1 << 20
 LARGEST_LABEL = {"cls": 32, "json": 1 << 20}  # bytes
-_SPLIT = re.compile(rf"({'|'.join((TRAIN, *EVALUATION))})([-_.].*)?\.tar")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -100,12 +98,12 @@ def find_shards(data: str, watch: Watch | None = None, *, draw: bool = True) -> 
         urls = [] if data.endswith("/") else expand(data)
         if urls and not urlsplit(urls[0]).path.endswith(".tar"):
             raise DataError(f"{data}: expected shards, e.g. {data.rstrip('/')}/train-{{000000..000146}}.tar, or a pack's folder with a / at its end")
-        return _listing(data, fetch_shards(data, urls, watch), watch, draw)
+        paths, notes = fetch_shards(data, urls, watch)
+        return _listing(data, paths, watch, draw, notes)
     if os.path.isdir(data):
-        paths = sorted(p for p in Path(data).iterdir() if p.suffix == ".tar")
-        index = Path(data) / INDEX
-        if index.is_file():
-            paths = [Path(data) / s.file for s in read_index(index).shards]
+        paths = sorted(p for p in Path(data).iterdir() if p.suffix == ".tar" and not p.name.startswith("."))
+        if has_index(Path(data)):
+            paths = [Path(data) / s.file for s in read_index(Path(data) / INDEX).shards]
         return _listing(data, paths, watch, draw)
     paths = [Path(p) for one in expand(data) for p in (sorted(glob.glob(one)) or [one])]
     if not paths[0].exists():
@@ -113,38 +111,27 @@ def find_shards(data: str, watch: Watch | None = None, *, draw: bool = True) -> 
     return _listing(data, paths, watch, draw)
 
 
-def _listing(data: str, paths: list[Path], watch: Watch | None, draw: bool) -> Listing:
+def _listing(data: str, paths: list[Path], watch: Watch | None, draw: bool, notes: tuple[str, ...] = ()) -> Listing:
     from triscale.data.datasets import Listing
 
     folder = paths[0].parent
-    by_split = _by_split(paths)
-    index = read_index(folder / INDEX) if (folder / INDEX).is_file() and len({p.parent for p in paths}) == 1 else None
+    of_split, over = by_split(paths, data)
+    index = read_index(folder / INDEX) if len({p.parent for p in paths}) == 1 and has_index(folder) else None
+    notes += foreign_note(folder)
     if index is not None and {p.name for p in paths} <= {s.file for s in index.shards}:
-        found = {split: _packed(folder, index, {p.name for p in part}) for split, part in by_split.items()}
+        found = {split: _packed(folder, index, {p.name for p in part}) for split, part in of_split.items()}
         classes = index.classes
     else:
-        found = {split: _scanned(part, watch) for split, part in by_split.items()}
+        found = {split: _scanned(part, watch) for split, part in of_split.items()}
         classes = _classes(folder, max(int(s.labels.max()) for s in found.values()) + 1)
     if len(classes) < 2:
         raise DataError(f"{data}: one class only; a classifier needs at least two")
-    over = tuple(f"{split}: {len(by_split[split])} shards" for split in list(found)[2:])
+    over += tuple(f"{split}: {len(of_split[split])} shards" for split in list(found)[2:])
     if len(found) == 1:
         train, held_out, held_out_is = parts(next(iter(found.values())), len(classes), draw)
-        return Listing(data, train, held_out, classes, held_out_is, over, "shards")
+        return Listing(data, train, held_out, classes, held_out_is, over, "shards", notes)
     split = next(s for s in EVALUATION if s in found)
-    return Listing(data, found[TRAIN], found[split], classes, f"{folder.name}/{split}", over, "shards")
-
-
-def _by_split(paths: list[Path]) -> dict[str, list[Path]]:
-    """Training shards first, then those of the first evaluation split by its usual names; all as one where there aren't both."""
-    found: dict[str, list[Path]] = {}
-    for path in paths:
-        match = _SPLIT.fullmatch(path.name)
-        found.setdefault(match[1] if match else "", []).append(path)
-    present = [s for s in (TRAIN, *EVALUATION) if s in found]
-    if "" in found or len(present) < 2 or present[0] != TRAIN:
-        return {"": paths}
-    return {s: found[s] for s in present}
+    return Listing(data, found[TRAIN], found[split], classes, f"{folder.name}/{split}", over, "shards", notes)
 
 
 def _packed(folder: Path, index: Index, files: set[str]) -> Shards:
@@ -220,7 +207,8 @@ def _samples(data: mmap.mmap, shard: str) -> Iterator[_Found]:
         folder, slash, name = m.name.rpartition("/")
         return f"{folder}{slash}{name.partition('.')[0]}"
 
-    for name, group in itertools.groupby(members(data, shard), key):
+    shown = (m for m in members(data, shard) if not m.name.rpartition("/")[2].startswith("."))  # ._000001.jpg: what macOS adds
+    for name, group in itertools.groupby(shown, key):
         parts = {m.name[len(name) + 1 :].lower(): m for m in group}
         image = next((m for suffix, m in parts.items() if f".{suffix}" in IMAGE_SUFFIXES), None)
         if image is not None:

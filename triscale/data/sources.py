@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import stat
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -20,11 +23,44 @@ from triscale.text import printable
 
 HELD_OUT = 0.2  # share of each class that is kept for testing where DATA has no part for it
 LARGEST_FILE = 8 * MAX_PIXELS + (64 << 20)  # bytes of one image; `decode` has the same limit
+TRAIN, EVALUATION = "train", ("val", "valid", "validation", "test")
 OPEN_MAPS = 128  # files mapped at a time in one process: each holds a file descriptor, of which a process has 1024 as a rule
 
 
 class DataError(ValueError):
     """No data set that a classifier can be trained or evaluated on. The message names the folder or file and the remedy."""
+
+
+class LoneImageError(DataError):
+    """A class of one image, of which none can be held out."""
+
+
+_SPLIT = re.compile(rf"({'|'.join((TRAIN, *EVALUATION))})\d*")
+
+
+def split_of(name: str) -> str:
+    """The split that a file's name tells between - _ and dots: its first part if that is one, else the last that is; "" for none."""
+    words = [match[1] if (match := _SPLIT.fullmatch(word)) else "" for word in re.split(r"[-_.]+", name.lower())]
+    return words[0] or next((w for w in reversed(words) if w), "")
+
+
+def by_split(paths: Sequence[Path], data: str) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """(training files first, then those of the evaluation splits by their usual names; what is in none), or all as one, under "".
+
+    Raises DataError where evaluation files would be mixed with others, to be trained on.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        found.setdefault(split_of(path.name), []).append(path)
+    present = [s for s in (TRAIN, *EVALUATION) if s in found]
+    if len(found) == 1 or present in ([], [TRAIN]):
+        return {"": list(paths)}, ()
+    if present[0] != TRAIN:
+        others = f"{len(present)} evaluation splits" if "" not in found else f"{found[''][0].name}, which tells no split"
+        what = f"{found[present[0]][0].name} is there to evaluate on by its name, but no file has '{TRAIN}' in its name; found it beside {others}"
+        raise DataError(f"{data}: {what}; name the files {TRAIN}-* and {present[0]}-*, or give those of one split only")
+    over = (f"{p.name} (neither {TRAIN} nor {present[1]} by its name)" for p in found.get("", []))
+    return {s: found[s] for s in present}, tuple(map(printable, over))
 
 
 class Texts:
@@ -34,9 +70,11 @@ class Texts:
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [t.encode("utf-8", "surrogateescape") for t in texts]
-        self.data = np.frombuffer(b"".join(encoded), np.uint8)
-        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        data, ends = bytearray(), array("q", [0])
+        for text in texts:
+            data += text.encode("utf-8", "surrogateescape")
+            ends.append(len(data))
+        self.data, self.ends = np.frombuffer(bytes(data), np.uint8), np.array(ends, np.int64)
 
     @staticmethod
     def of(data: np.ndarray, ends: np.ndarray) -> Texts:
@@ -186,16 +224,16 @@ class Joined:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _place(self, number: int) -> tuple[Samples, int]:
+    def place(self, number: int) -> tuple[Samples, int]:
         part = int(np.searchsorted(self.starts, number, side="right")) - 1
         return self.parts[part], number - int(self.starts[part])
 
     def name(self, number: int) -> str:
-        part, place = self._place(number)
+        part, place = self.place(number)
         return part.name(place)
 
     def read(self, number: int) -> bytes | np.ndarray:
-        part, place = self._place(number)
+        part, place = self.place(number)
         return part.read(place)
 
 
@@ -216,7 +254,7 @@ def parts(samples: Samples, classes: int, draw: bool) -> tuple[Samples, Samples,
 def hold_out(samples: Samples, classes: int) -> tuple[Samples, Samples]:
     """(training, held out): HELD_OUT of each class, at least one image and never all, drawn by a generator of fixed seed.
 
-    Both are ordered by class, then as drawn. Raises DataError for a class of one image.
+    Both are ordered by class, then as drawn. Raises LoneImageError for a class of one image.
     """
     train: list[np.ndarray] = []
     held_out: list[np.ndarray] = []
@@ -228,7 +266,7 @@ def hold_out(samples: Samples, classes: int) -> tuple[Samples, Samples]:
             continue  # a class number without images, of shards
         if end - start < 2:
             name = samples.name(int(order[start]))
-            raise DataError(f"{name}: the only image of its class; at least two are needed, one of them to test on")
+            raise LoneImageError(f"{name}: the only image of its class; at least two are needed, one of them to test on")
         mine = order[start:end][generator.permutation(end - start)]
         n = min(len(mine) - 1, max(1, round(HELD_OUT * len(mine))))
         held_out.append(mine[:n])

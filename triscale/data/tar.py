@@ -14,6 +14,8 @@ from triscale.data.sources import DataError
 BLOCK = 512
 END = bytes(2 * BLOCK)
 LONGEST_NAME = 1 << 16  # bytes of a GNU or pax header, for files that nobody vouches for
+USUAL_PADDING = 20 << 10  # bytes of zeros after the end mark; writers fill up records of 10 KiB, some of 20
+LARGE_RECORDS = tuple(1 << n for n in range(15, 21))  # bytes; of those that fill up larger ones the file is a multiple
 _REGULAR, _GNU_NAME, _PAX = (b"0", b"\0", b"7"), b"L", b"x"
 
 
@@ -49,8 +51,8 @@ def members(data: mmap.mmap | bytes, shard: str) -> Iterator[Member]:
         if len(head) < BLOCK:
             raise DataError(f"{shard}: truncated at byte {total}, before the archive's end mark; fetch or pack it again")
         if not any(head):
-            return
-        if _octal(head[148:156]) != sum(head) - sum(head[148:156]) + 8 * ord(" "):
+            return _check_end(data, at, shard)
+        if not is_header(head):
             what = "no tar archive (a compressed one? unpack it first)" if not at else f"corrupt at byte {at}: no tar header"
             raise DataError(f"{shard}: {what}")
         length = _size(head, shard, at) if size < 0 else size
@@ -71,6 +73,25 @@ def members(data: mmap.mmap | bytes, shard: str) -> Iterator[Member]:
             prefix = _text(head[345:500]) if head[257:263] == b"ustar\0" else ""
             yield Member(name or f"{prefix}{'/' if prefix else ''}{_text(head[:100])}", start, length)
         name, size = "", -1
+
+
+def is_header(head: bytes) -> bool:
+    """Whether a block has the check sum of a member's header."""
+    return len(head) == BLOCK and _octal(head[148:156]) == sum(head) - sum(head[148:156]) + 8 * ord(" ")
+
+
+def _check_end(data: mmap.mmap | bytes, at: int, shard: str) -> None:
+    """Raises DataError unless the zeros from `at` are an end mark and its padding: a download that broke off in a file made at full
+    size beforehand, and a hole in one, have zeros too."""
+    total, most = len(data), len(END) + LARGE_RECORDS[-1]
+    zeros = data[at : at + most + 1]
+    if kept := zeros.lstrip(b"\0"):
+        what = f"zeros, then other data from byte {at + len(zeros) - len(kept)}, where a tar header should be; a hole in it, or archives joined"
+        raise DataError(f"{shard}: corrupt at byte {at}: {what}; fetch or pack it again")
+    if len(zeros) < len(END):
+        raise DataError(f"{shard}: truncated at byte {total}, within the archive's end mark; fetch or pack it again")
+    if len(zeros) > len(END) + USUAL_PADDING and not any(total % r == 0 and len(zeros) < len(END) + r for r in LARGE_RECORDS):
+        raise DataError(f"{shard}: only zeros from byte {at} to its end at {total}, more than an end mark has; part of it never came: fetch it again")
 
 
 def _text(field: bytes) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from triscale import paper
+from triscale.recipes import FINETUNE
 from triscale.reproduce.layout import NONE, NOT_RUN, Reproduction
 from triscale.reproduce.study_results import ResultsError, read_lines
 
@@ -56,10 +57,11 @@ def _pair(result: paper.TransferResult) -> tuple[str, str]:
 
 def _told(line: Mapping[str, Any]) -> str:
     """Network, accuracy and of which kind, seeds and images, as far as the line has them."""
-    kind = next((k for k in ("top1", "mean_per_class") if line.get(k) is not None), None)
+    protocol = FINETUNE[str(line["dataset"])].accuracy if line.get("dataset") in FINETUNE else "top1"
+    kind = next((k for k in (protocol, "top1", "mean_per_class") if line.get(k) is not None), None)
     value = line.get(kind) if kind else None
     values = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    if not values or not isinstance(line.get("network"), str) or not isinstance(line.get("dataset"), str):
+    if not values or not all(0 <= v <= 1 for v in values) or not isinstance(line.get("network"), str) or not isinstance(line.get("dataset"), str):
         raise ResultsError(f"{line['_from']}: expected dataset, network and top1 or mean_per_class (a share from 0 to 1, or a list of them)")
     mean = 100 * sum(values) / len(values)
     about = [f"{line['images']} training images" if "images" in line else "", f"{line['px']} px" if "px" in line else ""]

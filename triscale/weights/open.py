@@ -79,6 +79,21 @@ def open_model(
     return net.eval(), ModelCard(used, preprocess, classes, provenance)
 
 
+def trunk_of(source: str | os.PathLike[str], *, arch: Arch | None = None, raw: bool = False) -> tuple[Arch, Preprocess, list[str]]:
+    """(network with the numerics, preprocessing, what was assumed) of a checkpoint of another code base that may lack tensors, for
+    `load_weights(..., transfer=True)`. arch: where it is known. Raises WeightsError, CheckpointError."""
+    stored = open_tensors(source, raw=raw)
+    try:
+        found = identify(stored.shapes, arch)
+    except WeightsError as error:
+        raise WeightsError(f"{stored.label}: {error}") from None
+    row, certain = published(found.arch.name, found.dialect.project, stored.label)
+    used, said = _numerics(found, row, "auto")
+    preprocess = _preprocess(found, stored, row)
+    said += [] if row and certain else [f"preprocessing as {row.name if row else 'the official code'} has it: {describe(preprocess)}"]
+    return used, preprocess, said
+
+
 def describe(preprocess: Preprocess) -> str:
     """`224 px, cut out before the resize, bicubic, mean 124 116 104, std 58 57 57`."""
     where = {"before": "cut out before the resize", "after": "cut out after the resize", "squash": "squashed"}[preprocess.crop]
