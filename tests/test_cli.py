@@ -158,7 +158,7 @@ def test_train_learns_and_leaves_a_whole_run_folder(run):
     _, card = load_model(out / "model.safetensors")
     assert card.classes == ("blue", "red")
     assert card.arch.topology == TINY.topology
-    assert card.measured == {"top1": 1.0}
+    assert card.measured == {"top1": 1.0, "mean_per_class": 1.0}
     assert "<svg" in (out / "report.html").read_text()
 
 

@@ -114,7 +114,7 @@ def test_all_images_broken_is_an_error_at_once(workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_part_of_broken_images_has_a_stand_in(workers):
-    """So that every process has a batch for every step. The next part stands in, itself without its broken images."""
+    """So that every process has a batch for every step. The next part stands in, with a neighbour in its broken image's place: all parts are alike."""
     plain = whole(24, batch=6)
     first, second = plain[1][:3], plain[1][3:]  # the parts of two processes
     flaws = dict.fromkeys([*first, second[0]], "vanished")
@@ -123,8 +123,9 @@ def test_a_part_of_broken_images_has_a_stand_in(workers):
         with stream(numbered.Flawed(24, flaws), batch=6, workers=workers, broken_share=0.5, share=(rank, 2)) as batches:
             parts.append(told(batches.epoch(0)))
             assert batches.notes == ["nothing of a batch's part could be read (3 images); others of the epoch stood in for it"][rank:]
-    assert parts[1] == [plain[0][3:], second[1:], plain[2][3:], plain[3][3:]]
-    assert parts[0] == [plain[0][:3], second[1:], plain[2][:3], plain[3][:3]]
+    filled = [second[1], *second[1:]]
+    assert parts[1] == [plain[0][3:], filled, plain[2][3:], plain[3][3:]]
+    assert parts[0] == [plain[0][:3], filled, plain[2][:3], plain[3][:3]]
 
 
 def test_evaluation_leaves_broken_ones_out_and_goes_on():

@@ -37,7 +37,8 @@ class StreamedBatches:
     part of every batch, which the batch size has to divide by. workers: processes, which last from the first epoch until `close`;
     0: this one does the work when it is asked for. finish: makes images and labels from uint8 (B, C, S, S) on `device`.
 
-    Images that can't be read are left out of their batch, which is smaller by them, and listed in `left_out`, each once. More of
+    Images that can't be read are left out of their batch, which is smaller by them (of several processes each takes a neighbour in
+    their place, so that all parts stay alike), and listed in `left_out`, each once. More of
     them than broken_share of this process's images of an epoch raise DataError; so do the first LOOK images, if none of them can be
     read. Where a whole part is unreadable the next readable part of the epoch's order stands in for it, seen twice for once: every
     process then has a batch for every step. `notes`: what else there is to know (a worker's death, a stalled read); `tell` is
@@ -129,7 +130,7 @@ class StreamedBatches:
         images, labels = self.finish(pixels, _on(self._labels[chosen], self.device), self._generator(epoch, i), mine, self.size)
         if images.untyped_storage().data_ptr() == pixels.untyped_storage().data_ptr():
             images = images.clone()  # the slot is another batch's from now on
-        if good.all():
+        if good.all() or self.processes > 1:  # parts of other sizes would have other numbers of collectives, and other weights
             return images, labels, chosen
         keep = torch.from_numpy(np.flatnonzero(good))
         there = keep.to(self.device)
