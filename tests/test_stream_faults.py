@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import numbered
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -106,7 +108,7 @@ def test_all_images_broken_is_an_error_at_once(workers):
         with pytest.raises(DataError, match=r"^none of 20 images can be read; the first: picture \d+: cannot be read \(No such file"):
             next(batches.epoch(0))
         assert len(batches.left_out) == 20
-    with pytest.raises(DataError, match="none of 20 images can be read"):
+    with pytest.raises(DataError, match="none of 1000 images can be read"):
         next(evaluation_stream(numbered.Flawed(1000, flaws), SMALL, batch=20, workers=workers))
     with stream(numbered.Flawed(3, flaws), workers=workers, broken_share=1.0, batch=1) as batches, pytest.raises(DataError, match="none of 3"):
         next(batches.epoch(0))
@@ -114,7 +116,7 @@ def test_all_images_broken_is_an_error_at_once(workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_part_of_broken_images_has_a_stand_in(workers):
-    """So that every process has a batch for every step. The next part stands in, with a neighbour in its broken image's place: all parts are alike."""
+    """So that every process has a batch for every step. The next part stands in, with a neighbour in its broken image's place: all parts alike."""
     plain = whole(24, batch=6)
     first, second = plain[1][:3], plain[1][3:]  # the parts of two processes
     flaws = dict.fromkeys([*first, second[0]], "vanished")
@@ -293,3 +295,37 @@ def test_ctrl_c_is_for_the_parent_alone(tmp_path):
         assert parent.stdout.readline() == "the same\n"
         assert parent.wait(20) == 0
         assert not any(map(alive, children))
+
+
+def test_nothing_readable_is_told_after_a_few_even_in_small_batches():
+    """Not after the whole set: the search for what stands in for a part counts too."""
+    flawed = numbered.Flawed(600, dict.fromkeys(range(600), "vanished"))
+    with stream(flawed, batch=8, broken_share=0.5) as batches, pytest.raises(DataError, match=r"none of (\d+) images can be read") as error:
+        list(batches.epoch(0))
+    assert 20 <= int(re.search(r"none of (\d+)", str(error.value))[1]) <= 32
+
+
+def test_evaluation_passes_over_a_long_row_of_broken_ones_at_its_start():
+    batches = evaluation_stream(numbered.Flawed(60, dict.fromkeys(range(25), "vanished")), SMALL, batch=8, workers=0)
+    assert sum(len(numbers) for _, numbers in batches) == 35
+    with pytest.raises(DataError, match="none of 30 images"):
+        list(evaluation_stream(numbered.Flawed(30, dict.fromkeys(range(30), "vanished")), SMALL, batch=8, workers=0))
+
+
+def test_a_worker_takes_no_module_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "pickle.py").write_text("open('taken', 'w')")
+    monkeypatch.chdir(tmp_path)
+    with stream(numbered.Flawed(12, {}), batch=6, workers=1) as batches:
+        assert len(list(batches.epoch(0))) == 2
+    assert not (tmp_path / "taken").exists()
+
+
+def test_workers_that_die_before_they_have_read_their_order_are_one_clear_error(tmp_path, monkeypatch):
+    """An order longer than a socket holds, and an interpreter that ends at once: the system resets the connection."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 7\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    many = Folder(tmp_path, [f"{i}.png" for i in range(3000)], np.arange(3000) % 3)
+    with stream(many, batch=6, workers=1) as batches, pytest.warns(RuntimeWarning), pytest.raises(WorkerError, match="died 6 times"):
+        next(batches.epoch(0))

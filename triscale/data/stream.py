@@ -158,7 +158,7 @@ class EvaluationStream(Iterator[tuple[Tensor, Tensor]]):
     called with as it happens."""
 
     def __init__(self, work: Work, numbers: np.ndarray, batch: int, workers: int) -> None:
-        self._tally = Tally(work.samples, 1.0, len(numbers))
+        self._tally = Tally(work.samples, 1.0, len(numbers), patience=len(numbers))
         self.notes: list[str] = []
         self.tell: Callable[[str], None] = _warn
         parts = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]

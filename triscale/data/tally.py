@@ -13,12 +13,13 @@ LOOK = 20  # images of which none can be read before the whole set counts as unr
 
 
 class Tally:
-    """What could not be read. expected: images of an epoch, of which broken_share may be broken; reasons: by number, each once."""
+    """What could not be read. expected: images of an epoch, of which broken_share may be broken; reasons: by number, each once.
+    patience: images from the first on, of which none can be read before that is an error."""
 
-    def __init__(self, samples: Samples, broken_share: float, expected: int) -> None:
+    def __init__(self, samples: Samples, broken_share: float, expected: int, patience: int = LOOK) -> None:
         if not 0 <= broken_share <= 1:
             raise ValueError(f"broken_share: expected 0 to 1, found {broken_share}")
-        self.samples, self.broken_share, self.expected = samples, broken_share, expected
+        self.samples, self.broken_share, self.expected, self.patience = samples, broken_share, expected, min(patience, expected)
         self.reasons: dict[int, str] = {}
         self.seen = self.bad = 0
 
@@ -35,11 +36,11 @@ class Tally:
             if status[j] == FAILED:
                 raise WorkerError(why)
             self.reasons.setdefault(int(pool.ring.numbers[slot, j]), why)
+        if len(self.reasons) == self.seen and self.seen >= self.patience:
+            raise self.nothing()
         if stands_in:  # counted in their own place
             return good
         self.bad += int((status == BROKEN).sum())
-        if len(self.reasons) == self.seen and self.seen >= min(LOOK, self.expected):
-            raise self.nothing()
         if self.bad > self.broken_share * self.expected:
             share = f"{len(self.reasons)} of {self.expected} images can't be read, more than {100 * self.broken_share:g} %"
             raise DataError(f"{share}; the first: {next(iter(self.reasons.values()))}")

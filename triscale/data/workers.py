@@ -177,21 +177,25 @@ class Pool:
     def _bury(self, dead: list[_Worker]) -> None:
         """Starts all workers anew: what a pipe held for a dead one is nobody's to know. Samples that are done stay done."""
         for worker in dead:
-            if said := worker.socket.recv(1 << 16, socket.MSG_DONTWAIT):
+            try:
+                said = worker.socket.recv(1 << 16, socket.MSG_DONTWAIT)
+            except ConnectionResetError:  # it died before it had read its order
+                said = b""
+            if said:
                 self.close()
                 raise WorkerError(said.decode("utf-8", "replace"))
         at = {w: int(self.ring.current[self._workers.index(w)]) for w in dead}
         _kill(self._workers)
         how = ", ".join(sorted({_fate(w.process.returncode) for w in dead}))
-        self._deaths += len(dead)
         over = [n for n in at.values() if n >= 0]
+        for number in over:
+            self._strikes[number] = self._strikes.get(number, 0) + 1
+        self._deaths += len(dead)
         if self._deaths > DEATHS:
             self.close()
             names = f"; the last over {', '.join(self.work.samples.name(n) for n in over)}" if over else ""
             raise WorkerError(f"worker processes of the loader died {self._deaths} times ({how}{names}): out of memory? Fewer --workers need less")
         self.tell(f"a worker process of the loader died ({how}) and was started again; what it had in hand is done again")
-        for number in over:
-            self._strikes[number] = self._strikes.get(number, 0) + 1
         self._condemn({n for n in over if self._strikes[n] >= STRIKES}, how)
         self._start()
 
@@ -236,7 +240,7 @@ def _spawn(order: Order) -> _Worker:
     quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # one worker, one core
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(theirs.fileno())],
+            [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if _has_file(sys.stderr) else subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), *order.files),
