@@ -86,12 +86,29 @@ def measured():
     for peer, name in (("documented", "timm, documented recipe"), ("two workers", "timm at its best")):
         ratio = predict_ratio(body["rows"], peer)
         rows.append([what, "same padding", name, f"{first:.1f} images/s", f"{first / ratio:.1f} images/s", f"{ratio:.2f}"])
+    rows += loading()
     head = table(["CPU, eager, float32", "", "against", "triscale", "peer", "ratio"], rows)
     how = (
         "Medians, in turn in one run, on as many pinned cores as threads; times with each library in its better memory format. "
         "Times below 1 and rates above 1: ours is faster."
     )
     return f"{head}\n\n{how} {about(body, cores=False)}"
+
+
+def loading():
+    """uint8 training batches of 224 px, in images a second of CPU time."""
+    rates = {
+        (r["library"], r["source"], r["augment"]): r for r in json.loads((RESULTS / "loader.json").read_text())["rows"] if r.get("product") == "uint8"
+    }
+    out = []
+    for source in ("original files", "pack"):
+        for augment, more in (("none", ""), ("autoaugment", ", AutoAugment")):
+            ours, theirs = rates["triscale", source, augment], rates["timm", "original files", augment]
+            cells = [f"{r['images_per_cpu_s']:.0f} images/s" for r in (ours, theirs)]
+            out.append(
+                [f"JPEG files to training batches, a core{more}", f"from {source}", "timm, original files", *cells, f"{ours['times_timm']:.2f}"]
+            )
+    return out
 
 
 def table(header, rows):
