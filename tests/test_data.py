@@ -175,3 +175,24 @@ def test_normalise_is_the_definition_and_channels_last():
     out = normalise(x, Preprocess(6, 0))
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert out[1, 2, 3, 4].item() == pytest.approx((int(x[1, 2, 3, 4]) - 0.406 * 255) / (0.225 * 255), rel=1e-5)
+
+
+def test_random_erasing_takes_rectangles_of_its_area_and_aspect_from_its_share_of_images():
+    images = torch.ones(600, 3, 40, 60)
+    recipe = Recipe(flip=False, shift=0.0, random_erase=0.25)
+    out = augment(images, recipe, torch.Generator().manual_seed(0))
+    gone = out[:, 0] == 0
+    assert torch.equal(gone, out[:, 2] == 0)
+    hit = gone.flatten(1).any(1)
+    assert 110 <= int(hit.sum()) <= 190
+    tall, wide = gone[hit].any(2).sum(1), gone[hit].any(1).sum(1)
+    assert torch.equal(tall * wide, gone[hit].sum((1, 2)))  # rectangles
+    share = (tall * wide) / 2400
+    assert share.min() > 0.015
+    assert share.max() < 0.36
+    aspect = (tall / wide).log()
+    assert aspect.abs().max() < 1.35  # 0.3, and rounding
+    assert (aspect > 0.5).any()
+    assert (aspect < -0.5).any()
+    assert gone[:, 0].any()
+    assert gone[:, :, -1].any()

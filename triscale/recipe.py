@@ -136,7 +136,9 @@ class Recipe:
     shift: float = 0.125
     """Random offset either way, as a share of the side; edges are repeated."""
     erase: float = 0.0
-    """Side of a random square set to the mean, as a share of the side; 0 for none."""
+    """Side of a random square set to the mean in every image (cutout), as a share of the side; 0 for none."""
+    random_erase: float = 0.0
+    """Probability that a rectangle of 2 to 33 % of the area, aspect 0.3 to 3.3, is set to the mean (Zhong et al. 2020)."""
     augment: Augment = "none"
     """Learned augmentation policies: autoaugment (v0), randaugment."""
     rand_ops: int = 2
@@ -186,6 +188,7 @@ class Recipe:
             ("seed", 0, 1 << 40),
             ("shift", 0, 1),
             ("erase", 0, 1),
+            ("random_erase", 0, 1),
             ("crop_area", 0, 1),
             ("norm_momentum", 0, 1),
             ("rand_ops", 1, 16),

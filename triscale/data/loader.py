@@ -5,6 +5,7 @@ Shapes: images (N, C, S, S) uint8 in; batches (B, C, S, S) float32 channels-last
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,13 +27,14 @@ def evaluation_batches(images: Tensor, preprocess: Preprocess, size: int = 256) 
 
 class Moves(NamedTuple):
     """Of each image of a batch, (B, 1) int64 each: whether it is mirrored, its offset in rows and columns, its erased square's
-    centre. None: none of the kind."""
+    centre; (B, 4) int64: its erased rectangle's top, bottom, left and right. None: none of the kind."""
 
     mirror: Tensor | None
     down: Tensor | None
     right: Tensor | None
     row: Tensor | None
     column: Tensor | None
+    patch: Tensor | None = None
 
 
 def draw_moves(recipe: Recipe, count: int, size: Sequence[int], generator: torch.Generator) -> Moves:
@@ -46,7 +48,19 @@ def draw_moves(recipe: Recipe, count: int, size: Sequence[int], generator: torch
     reach = max(1, round(recipe.shift * height)), max(1, round(recipe.shift * width))
     down, right = (draw(-reach[0], reach[0]), draw(-reach[1], reach[1])) if recipe.shift else (None, None)
     row, column = (draw(0, height - 1), draw(0, width - 1)) if recipe.erase else (None, None)
-    return Moves(mirror, down, right, row, column)
+    patch = _patches(recipe.random_erase, height, width, torch.rand(count, 5, generator=generator)) if recipe.random_erase else None
+    return Moves(mirror, down, right, row, column, patch)
+
+
+def _patches(probability: float, height: int, width: int, numbers: Tensor) -> Tensor:
+    """numbers (B, 5) in 0..1: whether, area, aspect (uniform in its logarithm), and where. A side is cut at the image's own."""
+    whether, area, aspect, down, right = numbers.unbind(1)
+    area = (0.02 + (1 / 3 - 0.02) * area) * height * width
+    aspect = torch.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * aspect)
+    tall, wide = ((area * aspect).sqrt().round().clamp(1, height), (area / aspect).sqrt().round().clamp(1, width))
+    chosen = whether < probability
+    top, left = (down * (height - tall + 1)).floor(), (right * (width - wide + 1)).floor()
+    return (torch.stack([top, top + tall, left, left + wide], 1) * chosen[:, None]).long()
 
 
 def move(images: Tensor, moves: Moves, part: slice = slice(None)) -> Tensor:
@@ -74,10 +88,16 @@ def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
 
 
 def erase(images: Tensor, moves: Moves, recipe: Recipe, part: slice = slice(None)) -> Tensor:
-    """Images (N, C, S, S) with a square of zeros (on normalised images: the mean) of side recipe.erase, cut at the edge."""
+    """Images (N, C, S, S) with a square of zeros (on normalised images: the mean) of side recipe.erase, cut at the edge, and with
+    the rectangles of recipe.random_erase."""
+    height, width = images.shape[2:]
+    if moves.patch is not None:
+        top, bottom, left, right = moves.patch[part].unsqueeze(2).unbind(1)
+        rows, columns = torch.arange(height), torch.arange(width)
+        inside = ((rows >= top) & (rows < bottom))[:, None, :, None] & ((columns >= left) & (columns < right))[:, None, None, :]
+        images = images.masked_fill(inside.to(images.device), 0)
     if moves.row is None or moves.column is None:
         return images
-    height, width = images.shape[2:]
     half = max(1, round(recipe.erase * height / 2))
     inside_y = (torch.arange(height) - moves.row[part]).abs() < half
     inside_x = (torch.arange(width) - moves.column[part]).abs() < half
