@@ -192,7 +192,9 @@ def test_train_lists_what_it_left_out(folder, tmp_path, here):
             (data / name / path.name).write_bytes(path.read_bytes())
     (data / "red" / "cut.png").write_bytes((folder / "red" / "00.png").read_bytes()[:900])
     (tmp_path / "tiny.json").write_text(TINY.to_json())
-    result = here(tmp_path, "train", data, "--arch", "tiny.json", "--epochs", 1)
+    words = "1 of 13 images can't be read, more than 5 %", "--broken-share"
+    assert refused(here(tmp_path, "train", data, "--arch", "tiny.json", "--epochs", 1), *words)
+    result = here(tmp_path, "train", data, "--arch", "tiny.json", "--epochs", 1, "--broken-share", 0.1)
     assert result.returncode == 1
     assert "left out" in result.stderr
     assert "red/cut.png" in result.stderr

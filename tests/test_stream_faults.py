@@ -158,13 +158,18 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(tmp_path):
         assert told(batches.epoch(1)) == whole(64, epoch=1)
 
 
+def children():
+    return set(Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split())
+
+
 def test_a_worker_killed_from_outside_changes_nothing():
+    before = children()
     with stream(numbered.Pixels(64), workers=2) as batches:
         epoch = batches.epoch(0)
         seen = [next(epoch)]
-        children = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split()
-        assert len(children) == 2
-        os.kill(int(children[0]), signal.SIGKILL)
+        workers = children() - before
+        assert len(workers) == 2
+        os.kill(int(workers.pop()), signal.SIGKILL)
         assert told([*seen, *epoch]) == whole(64)
         next(batches.epoch(1))
         assert len(batches.notes) == 1
