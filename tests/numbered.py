@@ -144,6 +144,8 @@ class Flawed(Pixels):
         if flaw == "killed once" and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if flaw == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if flaw == "kills":
             os.kill(os.getpid(), signal.SIGSEGV)
         if flaw == "stalls":

@@ -1,6 +1,7 @@
 """The streaming loader when things go wrong: broken images, killed workers, a killed parent, reads that never end."""
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from triscale.data import stream as stream_module
 from triscale.data import workers as pool_module
 from triscale.data.sources import DataError, Folder
 from triscale.data.stream import StreamedBatches, evaluation_stream
@@ -183,12 +185,50 @@ def test_an_image_that_kills_workers_counts_as_broken():
 
 
 def test_workers_that_keep_dying_are_an_error():
-    with stream(numbered.Flawed(40, dict.fromkeys(range(40), "kills")), workers=1, broken_share=0.5) as batches:
-        with pytest.raises(WorkerError, match=r"died 6 times \(SIGSEGV; the last over picture \d+\): out of memory\? Fewer --workers need less"):
+    with stream(numbered.Flawed(40, dict.fromkeys(range(40), "is killed")), workers=1, broken_share=0.5) as batches:
+        with pytest.raises(WorkerError, match=r"died 6 times \(SIGKILL; the last over picture \d+\): out of memory\? Fewer --workers need less"):
             told(batches.epoch(0))
         assert len(batches.notes) == pool_module.DEATHS
         with pytest.raises(WorkerError):  # not a hang
             told(batches.epoch(0))
+
+
+def test_images_that_crash_workers_cost_their_deaths_once():
+    """Three of them, two deaths each: more than a lack of memory may cost. The next epoch knows them."""
+    flaws = {5: "kills", 20: "kills", 33: "kills"}
+    with stream(numbered.Flawed(40, flaws), workers=1, broken_share=0.1) as batches:
+        for epoch in range(2):
+            assert told(batches.epoch(epoch)) == [[n for n in batch if n not in flaws] for batch in whole(40, epoch=epoch)]
+            assert len(batches.notes) == 6 > pool_module.DEATHS
+        assert sorted(batches.left_out) == [f"picture {n}: a worker process died over it 2 times (SIGSEGV)" for n in (20, 33, 5)]
+
+
+def test_crashes_without_end_are_an_error(monkeypatch):
+    monkeypatch.setattr(pool_module, "CRASHES", 2)
+    samples, said = numbered.Flawed(40, dict.fromkeys(range(40), "kills")), r"died 3 times \(SIGSEGV; the last over picture \d+\)"
+    with stream(samples, workers=1, broken_share=0.5) as batches, pytest.raises(WorkerError, match=said):
+        told(batches.epoch(0))
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_an_abandoned_stream_ends_its_workers_at_once(kind):
+    """Not when the garbage collector next runs."""
+    gc.collect()
+    before = children()
+    gc.disable()
+    try:
+        if kind == "training":
+            batches = StreamedBatches(numbered.Pixels(40), SMALL, Recipe(batch_size=4), finish=AsTheyAre(), workers=1)
+            run = batches.epoch(0)
+        else:
+            run = batches = evaluation_stream(numbered.Pixels(40), SMALL, batch=4, workers=1)
+        next(run)
+        (child,) = children() - before
+        assert alive(child)
+        del batches, run
+        assert not alive(child)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -308,6 +348,19 @@ def test_nothing_readable_is_told_after_a_few_even_in_small_batches():
     with stream(flawed, batch=8, broken_share=0.5) as batches, pytest.raises(DataError, match=r"none of (\d+) images can be read") as error:
         list(batches.epoch(0))
     assert 20 <= int(re.search(r"none of (\d+)", str(error.value))[1]) <= 32
+
+
+def test_the_search_for_what_stands_in_has_an_end(monkeypatch):
+    """Where the disk goes in mid-epoch: not only after all that is left of it was asked for."""
+    monkeypatch.setattr(stream_module, "SEARCH", 40)
+    first = whole(400)[0]
+    flawed = numbered.Flawed(400, {n: "vanished" for n in range(400) if n not in first})
+    with (
+        stream(flawed, batch=8, broken_share=1.0) as batches,
+        pytest.raises(DataError, match=r"^none of 48 images in a row can be read; the first: "),
+    ):
+        list(batches.epoch(0))
+    assert len(batches.left_out) == 48
 
 
 def test_evaluation_passes_over_a_long_row_of_broken_ones_at_its_start():

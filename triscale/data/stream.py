@@ -7,9 +7,11 @@ done here, a batch at a time on its device (`data/loader.py`'s Finish).
 from __future__ import annotations
 
 import warnings
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +27,7 @@ from triscale.data.workers import CHUNK, Pool
 from triscale.recipe import Preprocess, Recipe
 
 AHEAD = 3  # batches that are made while one is used
+SEARCH = 1000  # images in a row of which none can be read: then the search for what stands in ends
 T = TypeVar("T")
 
 
@@ -41,8 +44,8 @@ class StreamedBatches:
     their place, so that all parts stay alike), and listed in `left_out`, each once. More of
     them than broken_share of this process's images of an epoch raise DataError; so do the first LOOK images, if none of them can be
     read. Where a whole part is unreadable the next readable part of the epoch's order stands in for it, seen twice for once: every
-    process then has a batch for every step. `notes`: what else there is to know (a worker's death, a stalled read); `tell` is
-    called with each as it happens, by default with a warning.
+    process then has a batch for every step; that none of SEARCH can be read raises DataError. `notes`: what else there is to know (a
+    worker's death, a stalled read); `tell` is called with each as it happens, by default with a warning.
 
     Raises ValueError for counts that don't fit, WorkerError where workers keep dying.
     """
@@ -89,7 +92,7 @@ class StreamedBatches:
         """One epoch at a time: a new one ends the one before, whose iterator raises RuntimeError where it is asked for more."""
         order = torch.randperm(len(self.samples), generator=self._generator(index)).numpy()
         if self._pool is None or self._pool.closed:
-            self._pool = _pool(self._work, self.size // self.processes, self.workers, self._note)
+            self._pool = _pool(self._work, self.size // self.processes, self.workers, _weak(self._note))
         pool, self._tally.bad = self._pool, 0
         requests = ((order[self._mine(i)], index) for i in range(start, len(self)))
         batches = iter(range(start, len(self)))
@@ -143,14 +146,14 @@ class StreamedBatches:
             return slot, good
         spare = pool.shape.slots - 1
         part = self.size // self.processes
-        for step in range(part, len(order) + part, part):
+        for step in range(part, min(len(order), SEARCH) + part, part):
             pool.submit(spare, np.take(order, np.arange(at + step, at + step + part), mode="wrap"), epoch)
             pool.wait(spare)
             good = self._tally.look(pool, spare, stands_in=True)
             if good.any():
                 self._note(f"nothing of a batch's part could be read ({part} images); others of the epoch stood in for it")
                 return spare, good
-        raise self._tally.nothing()
+        raise self._tally.nothing(f"{min(part + step, len(order))} images in a row")
 
 
 class EvaluationStream(Iterator[tuple[Tensor, Tensor]]):
@@ -162,8 +165,8 @@ class EvaluationStream(Iterator[tuple[Tensor, Tensor]]):
         self.notes: list[str] = []
         self.tell: Callable[[str], None] = _warn
         parts = [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
-        self._pool = _pool(work, batch, min(workers, max(1, len(numbers))), self._note)
-        self._run = _in_order(self._pool, ((p, 0) for p in parts), self._batch)
+        self._pool = _pool(work, batch, min(workers, max(1, len(numbers))), _weak(self._note))
+        self._run = _in_order(self._pool, ((p, 0) for p in parts), partial(_as_they_are, self._pool, self._tally))
 
     @property
     def left_out(self) -> list[str]:
@@ -187,11 +190,11 @@ class EvaluationStream(Iterator[tuple[Tensor, Tensor]]):
         self.notes.append(text)
         self.tell(text)
 
-    def _batch(self, slot: int) -> tuple[Tensor, Tensor]:
-        ring, n = self._pool.ring, self._pool.count[slot]
-        good = self._tally.look(self._pool, slot)
-        numbers = torch.from_numpy(ring.numbers[slot, :n][good])
-        return torch.from_numpy(ring.pixels[slot, :n][good]).permute(0, 3, 1, 2), numbers
+
+def _as_they_are(pool: Pool, tally: Tally, slot: int) -> tuple[Tensor, Tensor]:
+    n, good = pool.count[slot], tally.look(pool, slot)
+    numbers = torch.from_numpy(pool.ring.numbers[slot, :n][good])
+    return torch.from_numpy(pool.ring.pixels[slot, :n][good]).permute(0, 3, 1, 2), numbers
 
 
 def evaluation_stream(
@@ -265,6 +268,17 @@ def _on(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values.to(device)
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values).to(device, non_blocking=True)
+
+
+def _weak(method: Callable[[str], None]) -> Callable[[str], None]:
+    """Calls the method but doesn't hold its object: a stream that nobody holds is freed at once, and its workers end."""
+    ref = weakref.WeakMethod(method)
+
+    def call(text: str) -> None:
+        if (there := ref()) is not None:
+            there(text)
+
+    return call
 
 
 def _warn(text: str) -> None:

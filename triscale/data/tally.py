@@ -37,7 +37,7 @@ class Tally:
                 raise WorkerError(why)
             self.reasons.setdefault(int(pool.ring.numbers[slot, j]), why)
         if len(self.reasons) == self.seen and self.seen >= self.patience:
-            raise self.nothing()
+            raise self.nothing(f"{len(self.reasons)} images")
         if stands_in:  # counted in their own place
             return good
         self.bad += int((status == BROKEN).sum())
@@ -46,5 +46,5 @@ class Tally:
             raise DataError(f"{share}; the first: {next(iter(self.reasons.values()))}")
         return good
 
-    def nothing(self) -> DataError:
-        return DataError(f"none of {len(self.reasons)} images can be read; the first: {next(iter(self.reasons.values()))}")
+    def nothing(self, what: str) -> DataError:
+        return DataError(f"none of {what} can be read; the first: {next(iter(self.reasons.values()))}")

@@ -33,7 +33,8 @@ from triscale.data.worker_main import TASK, Order, nameless, pickled
 CHUNK = 8  # samples a task, at most: 3 to 15 ms of work
 AT_ONCE = 256 * TASK.size  # 4096: what a pipe takes whole or not at all
 DEATHS = 5  # of worker processes in an epoch that are made good
-STRIKES = 2  # deaths over one sample before it counts as broken
+CRASHES = 40  # as many more over samples that crash what decodes them: no want of memory
+STRIKES = 2  # deaths in an epoch over one sample before it counts as broken, from then on
 STALL = 60.0  # seconds over one sample before the user is told
 _START = (
     "import pickle,socket,sys;s=socket.socket(fileno=int(sys.argv[1]));f=s.makefile('rb');sys.path[:]=pickle.load(f);"
@@ -63,7 +64,8 @@ class Pool:
         self.turn = 0  # counts cancellations
         self._undone: dict[bytes, None] = {}  # in order of submission
         self._unsent: deque[bytes] = deque()
-        self._deaths, self._strikes = 0, dict[int, int]()
+        self._deaths = self._crashes = 0
+        self._strikes, self._killers = dict[int, int](), dict[int, str]()  # by sample: deaths; why it counts as broken
         self._astray = False  # interrupted between what was read and what was noted of it
         self._told: set[tuple[int, float]] = set()
         self._open: dict[str, int] = {}
@@ -87,6 +89,8 @@ class Pool:
         chunk = max(1, min(CHUNK, n // (2 * workers)))
         tasks = [TASK.pack(int(ring.generation[0]), slot, first, min(chunk, n - first)) for first in range(0, n, chunk)]
         self.left[slot], self.count[slot] = len(tasks), n
+        if self._killers:
+            self._condemn(slot, 0, n)
         self._undone.update(dict.fromkeys(tasks))
         self._unsent.extend(tasks)
         if self.shape.workers:
@@ -102,7 +106,8 @@ class Pool:
     def cancel(self) -> None:
         """Gives up what was submitted, before an epoch. Returns once nobody writes to any slot."""
         self.turn += 1
-        self._deaths = 0
+        self._deaths = self._crashes = 0
+        self._strikes.clear()
         self.ring.generation[0] = self.turn
         if not self.shape.workers:
             self._undone.clear()
@@ -177,35 +182,35 @@ class Pool:
     def _bury(self, dead: list[_Worker]) -> None:
         """Starts all workers anew: what a pipe held for a dead one is nobody's to know. Samples that are done stay done."""
         for worker in dead:
-            try:
-                said = worker.socket.recv(1 << 16, socket.MSG_DONTWAIT)
-            except ConnectionResetError:  # it died before it had read its order
-                said = b""
-            if said:
+            if said := _said(worker.socket):
                 self.close()
-                raise WorkerError(said.decode("utf-8", "replace"))
-        at = {w: int(self.ring.current[self._workers.index(w)]) for w in dead}
+                raise WorkerError(said)
+        at = [(w, int(self.ring.current[self._workers.index(w)])) for w in dead]
         _kill(self._workers)
         how = ", ".join(sorted({_fate(w.process.returncode) for w in dead}))
-        over = [n for n in at.values() if n >= 0]
+        over = [n for _, n in at if n >= 0]
+        crashes = sum(n >= 0 and w.process.returncode not in (-signal.SIGKILL, -signal.SIGTERM) for w, n in at)
+        self._crashes += crashes
+        self._deaths += len(dead) - crashes
         for number in over:
             self._strikes[number] = self._strikes.get(number, 0) + 1
-        self._deaths += len(dead)
-        if self._deaths > DEATHS:
+            if self._strikes[number] >= STRIKES:
+                self._killers[number] = f"{self.work.samples.name(number)}: a worker process died over it {STRIKES} times ({how})"
+        if self._deaths > DEATHS or self._crashes > CRASHES:
             self.close()
             names = f"; the last over {', '.join(self.work.samples.name(n) for n in over)}" if over else ""
-            raise WorkerError(f"worker processes of the loader died {self._deaths} times ({how}{names}): out of memory? Fewer --workers need less")
+            times = f"{self._deaths + self._crashes} times ({how}{names})"
+            raise WorkerError(f"worker processes of the loader died {times}: out of memory? Fewer --workers need less")
         self.tell(f"a worker process of the loader died ({how}) and was started again; what it had in hand is done again")
-        self._condemn({n for n in over if self._strikes[n] >= STRIKES}, how)
+        for task in self._undone if self._killers else ():
+            self._condemn(*TASK.unpack(task)[1:])
         self._start()
 
-    def _condemn(self, numbers: set[int], how: str) -> None:
+    def _condemn(self, slot: int, first: int, count: int) -> None:
         """Samples over which workers keep dying count as broken."""
-        for task in self._undone if numbers else ():
-            _, slot, first, count = TASK.unpack(task)
-            for i in range(first, first + count):
-                if (number := int(self.ring.numbers[slot, i])) in numbers:
-                    mark(self.ring, slot, i, BROKEN, f"{self.work.samples.name(number)}: a worker process died over it {STRIKES} times ({how})")
+        for i in range(first, first + count):
+            if why := self._killers.get(int(self.ring.numbers[slot, i])):
+                mark(self.ring, slot, i, BROKEN, why)
 
     def _look_for_stalls(self) -> None:
         now = time.monotonic()
@@ -233,6 +238,13 @@ class Pool:
             os.close(back)
         self._unsent = deque(self._undone)
         self._send()
+
+
+def _said(ended: socket.socket) -> str:
+    """A dead worker's last words; none where it died before it had read its order, which resets the connection."""
+    with contextlib.suppress(ConnectionResetError):
+        return ended.recv(1 << 16, socket.MSG_DONTWAIT).decode("utf-8", "replace")
+    return ""
 
 
 def _spawn(order: Order) -> _Worker:
