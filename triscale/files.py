@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced, renamed."""
+"""Files that are whole or not there: written beside their place, synced, renamed; and the cache, with its locks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -42,3 +43,24 @@ def _umask() -> int:
     mask = os.umask(0)  # the only way to read it; mkstemp's files are private, ordinary ones aren't
     os.umask(mask)
     return mask
+
+
+def cache_folder(kind: str) -> Path:
+    """$TRISCALE_HOME/kind, else $XDG_CACHE_HOME/triscale/kind, else ~/.cache/triscale/kind."""
+    home = os.environ.get("TRISCALE_HOME")
+    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triscale"
+    return base.expanduser() / kind
+
+
+def lock(path: Path) -> IO[str]:
+    """The file PATH.lock, which one process holds at a time until it closes it; waits for that. Makes its folder.
+
+    The system takes the lock back from a process that was killed. Raises OSError where the folder can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115 - closed by the caller; never deleted, or two files would be locked
+    with contextlib.suppress(ImportError, OSError):  # Windows, and network file systems, have none
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file

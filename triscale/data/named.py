@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from triscale.data.cache import cache_folder, locked
+from triscale.data.cache import locked
 from triscale.data.sources import Arrays, DataError, Folder, Joined, parts
-from triscale.files import write_whole
+from triscale.files import cache_folder, write_whole
 from triscale.recipes import FINETUNE
 from triscale.text import printable
 

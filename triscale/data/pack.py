@@ -90,8 +90,7 @@ def pack(listing: Listing, out: Path, packing: Packing, *, workers: int = 1, pro
             shutil.rmtree(out / WORK, ignore_errors=True)
             return read_index(out / INDEX)
         try:
-            for rest in (out / WORK).glob("*.part"):
-                rest.unlink()
+            _sweep(out)  # of a process that was killed
             write_text(out / WORK / "about.json", json.dumps(about))
             done: dict[str, list[_Work]] = {}
             total, before = len(listing.train) + len(listing.held_out), 0
@@ -105,8 +104,16 @@ def pack(listing: Listing, out: Path, packing: Packing, *, workers: int = 1, pro
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(f"{out}: could not be written ({reason}); whole shards stay: make room, and the same command goes on") from None
+        finally:  # not only in the writer: a signal may come while it opens its file
+            _sweep(out)
     shutil.rmtree(out / WORK, ignore_errors=True)
     return index
+
+
+def _sweep(out: Path) -> None:
+    """Takes away shards that were not finished."""
+    for rest in (out / WORK).glob("*.part"):
+        rest.unlink(missing_ok=True)
 
 
 def _whole(out: Path) -> Index:
@@ -249,7 +256,6 @@ class _Writer:
     def abandon(self) -> None:
         with suppress(OSError):  # a full disk, once more
             self.file.close()
-        self.path.unlink(missing_ok=True)
 
 
 def _finish(listing: Listing, out: Path, about: dict[str, Any], done: dict[str, list[_Work]]) -> Index:

@@ -16,9 +16,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from triscale.data import sources
-from triscale.data.cache import cache_folder, locked
+from triscale.data.cache import locked
 from triscale.data.sources import DataError, Slices, Texts, parts, split_of
-from triscale.files import write_whole
+from triscale.files import cache_folder, write_whole
 from triscale.quantities import size as size_text
 from triscale.text import printable
 

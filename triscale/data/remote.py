@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
-from triscale.data.cache import cache_folder, locked
+from triscale.data.cache import locked
 from triscale.data.index import INDEX, ROWS, Index, has_index, read_index
 from triscale.data.sources import DataError
 from triscale.data.tar import BLOCK, is_header
 from triscale.download import FetchError, download
+from triscale.files import cache_folder
 from triscale.text import printable
 
 if TYPE_CHECKING:

@@ -16,7 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from triscale import files
 from triscale.download import FetchError, Progress, download
+from triscale.files import lock
 from triscale.weights.zoo import Entry
 
 HUB_FILE = "model.safetensors"
@@ -25,10 +27,8 @@ WANTED = re.compile(r"checkpoint|[^.].*\.(index|data-\d{5}-of-\d{5})")  # of an 
 
 
 def cache_folder() -> Path:
-    """$TRISCALE_HOME/weights, else $XDG_CACHE_HOME/triscale/weights, else ~/.cache/triscale/weights."""
-    home = os.environ.get("TRISCALE_HOME")
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triscale"
-    return base.expanduser() / "weights"
+    """`weights` in the cache: $TRISCALE_HOME, else $XDG_CACHE_HOME/triscale, else ~/.cache/triscale."""
+    return files.cache_folder("weights")
 
 
 def fetch(entry: Entry, *, offline: bool = False, progress: Progress | None = None) -> Path:
@@ -71,15 +71,10 @@ def _places(url: str) -> tuple[Path, Path | None]:
 def _lock(path: Path) -> Iterator[None]:
     """One process at a time. The system takes the lock back from one that was killed."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115 - closed below; never deleted, or two files would be locked
+        file = lock(path)
     except OSError as error:
         raise FetchError(f"{path.parent}: {error.strerror}; set TRISCALE_HOME to a folder that can be written") from None
     with file:
-        with contextlib.suppress(ImportError, OSError):  # Windows, and network file systems, have none
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
