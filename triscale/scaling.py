@@ -5,8 +5,11 @@ Source: Tan & Le 2019, eq. 3 (compound scaling) and the rounding rules of the of
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from triscale.architecture import MAX_CHANNELS, Arch, Numerics, Stage
 
@@ -46,12 +49,31 @@ class Coefficients:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 1:
+            if type(value) not in (int, float) or not math.isfinite(value) or value < 1:
                 raise ScalingError(f"Coefficients.{name}: expected a number >= 1, found {value!r}")
 
     @property
     def growth(self) -> float:
         return self.alpha * self.beta**2 * self.gamma**2
+
+    def to_json(self, found: Mapping[str, Any] | None = None) -> str:
+        """One JSON object with `"format": 1`. found: where they come from, for whoever reads the file."""
+        data = {"format": 1, "alpha": self.alpha, "beta": self.beta, "gamma": self.gamma}
+        return json.dumps({**data, "found": dict(found)} if found else data, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Coefficients:
+        """What `to_json` wrote. Raises ScalingError that names what is wrong."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ScalingError(f"not a coefficients file: no JSON ({error})") from None
+        names = ("alpha", "beta", "gamma")
+        if not isinstance(data, dict) or data.get("format") != 1 or not set(data) >= set(names):
+            raise ScalingError('not a coefficients file: expected a JSON object with "format": 1, alpha, beta and gamma')
+        if extra := set(data) - {"format", "found", *names}:
+            raise ScalingError(f"not a coefficients file: unknown field {sorted(extra)[0]!r}")
+        return Coefficients(*(data[name] for name in names))
 
 
 def compound(phi: float, alpha: float = ALPHA, beta: float = BETA, gamma: float = GAMMA) -> Scaling:

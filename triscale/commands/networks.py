@@ -92,6 +92,17 @@ def show(name: str, /, classes: int = 1000, batch: int = 1, json: bool = False) 
     return 0
 
 
+def _coefficients(file: Path | None, alpha: float | None, beta: float | None, gamma: float | None) -> Coefficients:
+    if file is None:
+        return Coefficients(*(usual if value is None else value for value, usual in ((alpha, ALPHA), (beta, BETA), (gamma, GAMMA))))
+    if (alpha, beta, gamma) != (None, None, None):
+        raise ScalingError("--coefficients: has alpha, beta and gamma; leave --alpha, --beta and --gamma out")
+    try:
+        return Coefficients.from_json(file.read_text(encoding="utf-8"))
+    except (ScalingError, UnicodeDecodeError) as error:
+        raise ScalingError(f"{file}: {error}") from None
+
+
 def scale(
     name: str,
     /,
@@ -103,9 +114,10 @@ def scale(
     depth: float = 1,
     width: float = 1,
     resolution: float = 1,
-    alpha: float = ALPHA,
-    beta: float = BETA,
-    gamma: float = GAMMA,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
+    coefficients: Path | None = None,
     batch: int = 1,
     training: bool = False,
     save: Path | None = None,
@@ -122,9 +134,10 @@ def scale(
         depth: multiplier of the layers.
         width: multiplier of the channels.
         resolution: multiplier of the input size.
-        alpha: depth's base for phi.
-        beta: width's base for phi.
-        gamma: resolution's base for phi.
+        alpha: depth's base for phi; the paper's 1.2 unless given.
+        beta: width's base for phi; 1.1 unless given.
+        gamma: resolution's base for phi; 1.15 unless given.
+        coefficients: all three from this file, as `search coefficients` writes it.
         batch: images at a time, for --memory.
         training: --memory is for a training step.
         save: write the network to this .json file, which show, train and bench take.
@@ -137,8 +150,9 @@ def scale(
         raise ScalingError(
             "give one of: --phi; budgets (--macs, --params, --memory, --latency, together if you like); --depth, --width, --resolution"
         )
+    bases = _coefficients(coefficients, alpha, beta, gamma)
     if phi is not None:
-        scaled = scale_arch(arch, compound(phi, alpha, beta, gamma))
+        scaled = scale_arch(arch, compound(phi, bases.alpha, bases.beta, bases.gamma))
     elif multiplied:
         scaled = scale_arch(arch, Scaling(depth, width, resolution))
     else:
@@ -147,7 +161,7 @@ def scale(
             **counts,
             latency=None if latency is None else quantities.seconds(latency),
             measure=None if latency is None else _measure,
-            coefficients=Coefficients(alpha, beta, gamma),
+            coefficients=bases,
             workload=Workload(batch, training),
         )
         print(f"{fit}\n")

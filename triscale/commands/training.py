@@ -14,6 +14,7 @@ import tyro
 from triscale.architecture import Arch
 from triscale.commands import TYRO
 from triscale.commands.bars import bars
+from triscale.commands.fitting import SMALL, fitted
 from triscale.commands.networks import read_arch
 from triscale.commands.run_folder import run_folder, undo
 from triscale.quantities import count, short
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from triscale.data.datasets import Listing
     from triscale.recipe import Preprocess
 
-SMALL = {"digits": 16, "cifar10": 32, "cifar100": 32}  # input sizes; their pictures are shown whole
 Precision = Literal["auto", "float32", "bfloat16"]
 # Of the processes that torchrun has started, if it has; the first one speaks.
 PROCESSES, FIRST = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
@@ -311,23 +311,11 @@ def _follow(options: Train, out: Path, data: Data, arch: Arch, preprocess: Prepr
 
 def _network(options: Train, arch: Arch, classes: int, channels: int) -> Arch:
     """`arch` for the input size of the data and, where there is one, within the budget."""
-    from triscale.budget import Workload, fit_budget
-    from triscale.scaling import Coefficients, fit_input
-
     label = arch.name or Path(options.arch or "").stem
     if options.weights is not None:
         return replace(arch, name=label, resolution=options.resolution or arch.resolution)
-    resolution = SMALL.get(options.data) if options.resolution is None else options.resolution
-    arch = fit_input(arch, arch.resolution if resolution is None else resolution)
-    if options.macs is not None:
-        # An input size that is asked for stays: the budget is then met by depth and width alone.
-        coefficients = Coefficients() if resolution is None else Coefficients(gamma=1.0)
-        workload = Workload(num_classes=classes, in_channels=channels)
-        fit = fit_budget(arch, macs=count(options.macs), coefficients=coefficients, workload=workload)
-        if FIRST:
-            print(fit)
-        arch = fit.arch
-    return replace(arch, name=label)
+    tell = print if FIRST else lambda text: None
+    return replace(fitted(arch, options.data, options.resolution, options.macs, (classes, channels), tell), name=label)
 
 
 def _some(items: tuple[str, ...], shown: int = 5) -> str:

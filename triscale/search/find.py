@@ -1,0 +1,191 @@
+"""The two searches of the paper as functions of a score that the caller gives: anything that makes a number of an Arch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from triscale.architecture import Arch
+from triscale.scaling import Coefficients
+from triscale.search.coding import Coding
+from triscale.search.events import Event, Running, Score, SearchError
+from triscale.search.grid import grid, spread
+from triscale.search.problem import CoefficientProblem, NetworkProblem
+from triscale.search.record import Record, Trial
+from triscale.search.reward import Objective
+from triscale.search.samplers import Prefiltered
+from triscale.search.samplers import sampler as make
+from triscale.search.space import Space
+from triscale.search.storage import open_storage
+from triscale.search.study import Search
+from triscale.search.trials import counts, fixed
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study lies. storage: None for memory, a path for a journal file, or a URL (see `open_storage`). name: of the study.
+    about: what scores depend on beside the network; a study of other things is not joined."""
+
+    storage: str | Path | None = None
+    name: str = "search"
+    about: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A cheap score without training, and of how many proposals the one that it likes best is taken for a trial."""
+
+    score: Callable[[Arch], float]
+    of: int = 8
+
+    def __post_init__(self) -> None:
+        if self.of < 2:
+            raise SearchError(f"screen: expected 2 or more proposals a trial, found {self.of}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The end of a search: the best network with its trial, and all of them. coefficients: of a search for those.
+    front: where no other network is both better and cheaper, cheapest first; of one value alone the best."""
+
+    arch: Arch
+    trial: Trial
+    record: Record
+    coefficients: Coefficients | None = None
+    front: tuple[Trial, ...] = ()
+
+
+def find_coefficients(
+    score: Score,
+    arch: Arch,
+    triples: Sequence[Coefficients] = (),
+    *,
+    running: Running | None = None,
+    place: Place | None = None,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Found:
+    """The alpha, beta, gamma whose network `scale(arch, compound(1, ...))` scores best (paper, section 4, step 1).
+
+    triples: to try, in this order; `spread(grid())` unless given. Where running.trials is less than their number the rest stays
+    untried. Raises SearchError where no trial came to a score.
+    """
+    search = coefficient_search(score, arch, triples or spread(grid()), running=running, place=place)
+    return _found(search, watch)
+
+
+def find_network(
+    score: Score,
+    space: Space,
+    objective: Objective | None = None,
+    *,
+    sampler: str = "evolution",
+    seed: int = 0,
+    running: Running | None = None,
+    place: Place | None = None,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Found:
+    """The network of `space` with the highest reward score x (cost / T)^w; without an objective, the highest score.
+
+    sampler: evolution, ppo, random, tpe, or nsga2, which looks for the Pareto front of score and cost instead. The reference is
+    the first trial. Raises SearchError where no trial came to a score.
+    """
+    return _found(network_search(score, space, objective, sampler=sampler, seed=seed, running=running, place=place), watch)
+
+
+def coefficient_search(
+    score: Score,
+    arch: Arch,
+    triples: Sequence[Coefficients],
+    *,
+    counted: tuple[int, int] = (1000, 3),
+    running: Running | None = None,
+    place: Place | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Search:
+    """The search itself, for its events. counted: classes and input channels of the costs that are told."""
+    if not triples:
+        raise SearchError("triples: expected one or more; grid() makes them")
+    problem = CoefficientProblem(arch, tuple(triples), *counted)
+    where, running = place or Place(), running or Running()
+    storage = open_storage(where.storage, tell=tell)
+    return Search(problem, score, InOrder(problem.triples), running, storage=storage, name=where.name, about=dict(where.about))
+
+
+def network_search(
+    score: Score,
+    space: Space,
+    objective: Objective | None = None,
+    *,
+    sampler: str = "evolution",
+    seed: int | None = 0,
+    screen: Screen | None = None,
+    running: Running | None = None,
+    place: Place | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Search:
+    """The search itself, for its events. seed: of the sampler; None: another each time. tell: is told when the storage goes away."""
+    where, running = place or Place(), running or Running()
+    pareto = sampler == "nsga2"
+    if pareto and objective is None:
+        raise SearchError("sampler nsga2: it looks for the front of score and cost; an objective says what the cost is")
+    coding = Coding.of(space) if sampler in ("tpe", "nsga2") else Coding.by_block(space)
+    problem = NetworkProblem(space, coding, objective, pareto)
+    chosen = make(sampler, coding, seed, running.trials)
+    if screen is not None:
+        chosen = Prefiltered(chosen, lambda point: screen.score(space.decode(point)), screen.of, coding)
+    storage = open_storage(where.storage, tell=tell)
+    return Search(problem, score, chosen, running, storage=storage, name=where.name, about=dict(where.about))
+
+
+def front(trials: Sequence[Trial], cost: str) -> tuple[Trial, ...]:
+    """Those complete trials that no other beats in score at no higher cost, nor in cost at no lower score; cheapest first."""
+    rows = sorted((t for t in trials if t.state == "complete" and t.score is not None), key=lambda t: (t.cost[cost], -(t.score or 0.0), t.number))
+    out: list[Trial] = []
+    for t in rows:
+        if not out or (t.score or 0.0) > (out[-1].score or 0.0):
+            out.append(t)
+    return tuple(out)
+
+
+def _found(search: Search, watch: Callable[[Event], None]) -> Found:
+    for event in search.events():
+        watch(event)
+    return result(search)
+
+
+def result(search: Search) -> Found:
+    """What a study has come to so far. Raises SearchError where no trial came to a score."""
+    record = search.record()
+    best = record.best
+    if best is None or best.arch is None:
+        failed = [t for t in record.trials if t.state == "failed"]
+        raise SearchError(f"no trial came to a score{f'; the last failed: {failed[-1].why}' if failed else ''}")
+    chosen = Coefficients(*(float(best.choices[k]) for k in ("alpha", "beta", "gamma"))) if record.kind == "coefficients" else None
+    return Found(best.arch, best, record, chosen, front(record.trials, record.target[0]) if record.target else (best,))
+
+
+class InOrder(BaseSampler):
+    """Each of the triples once, the first ones first; when all are taken, the last again, which the study then drops."""
+
+    def __init__(self, triples: Sequence[Coefficients]) -> None:
+        self._points = [{"alpha": c.alpha, "beta": c.beta, "gamma": c.gamma} for c in triples]
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        from optuna.distributions import FloatDistribution
+
+        return {name: FloatDistribution(1.0, max(p[name] for p in self._points) + 1) for name in self._points[0]}
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+        taken = [fixed(t) for t in trials if t.number != trial.number and (counts(t) or t.state == TrialState.WAITING)]
+        return next((p for p in self._points if p not in taken), self._points[-1])
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        raise SearchError(f"{param_name}: no parameter of this search")
