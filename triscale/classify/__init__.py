@@ -2,12 +2,14 @@
 
 from triscale.classify.events import Evaluated, Resumed, ResumeError, Running, Saved, Stopped
 from triscale.classify.pictures import Data, prepare, preprocess_for
+from triscale.classify.proxy import ProxyScore
 from triscale.classify.run import run_folder, train_classifier
 from triscale.classify.start import Start, start_from
 
 __all__ = [
     "Data",
     "Evaluated",
+    "ProxyScore",
     "ResumeError",
     "Resumed",
     "Running",

@@ -45,6 +45,7 @@ from triscale.train.dist import (
     world,
 )
 from triscale.train.loop import BatchSource, EpochEnd, Note, Step, cross_entropy, fit
+from triscale.train.plan import Plan
 from triscale.train.state import TrainState
 from triscale.train.syncnorm import ghost_norms, norm_groups, share_norms
 from triscale.version import __version__
@@ -65,23 +66,30 @@ class _Judged(NamedTuple):
 
 
 def train_classifier(
-    data: Splits | Data, arch: Arch, preprocess: Preprocess, recipe: Recipe, *, start: Start | None = None, evaluate_every: int = 1
+    data: Splits | Data,
+    arch: Arch,
+    preprocess: Preprocess,
+    recipe: Recipe,
+    *,
+    start: Start | None = None,
+    evaluate_every: int = 1,
+    plan: Plan = Plan(),  # noqa: B008 - frozen
 ) -> Iterator[Step | Evaluated]:
     """Trains in this process, yielding each Step and, every so many epochs and after the last, an Evaluated.
 
-    The same arguments, seed and number of threads give the same numbers on the same machine.
+    The same arguments, seed and number of threads give the same numbers on the same machine. plan: its device is one of torch's.
     """
-    data = Data.of(data)
+    data, feeding = Data.of(data), Feeding(device=plan.device)
     network = start_from(arch, data.classes, preprocess.channels, recipe, start)
-    net = network.net
+    net = network.net.to(plan.device)
     state = TrainState(net, recipe, prepare=network.prepare, adversary=PGD.of(recipe, preprocess) if recipe.advprop else None)
-    batches = data.train.batches(preprocess, recipe, len(data.classes), Feeding())
+    batches = data.train.batches(preprocess, recipe, len(data.classes), feeding)
     began = time.perf_counter()
-    for event in fit(net, batches, cross_entropy(recipe.label_smoothing), recipe, state=state):
+    for event in fit(net, batches, cross_entropy(recipe.label_smoothing), recipe, plan=plan, state=state):
         if isinstance(event, EpochEnd):
             epoch = event.epoch + 1
             if epoch % evaluate_every == 0 or epoch == recipe.epochs:
-                judged = _accuracy(net, data.held_out, preprocess, Feeding())
+                judged = _accuracy(net, data.held_out, preprocess, feeding, plan.micro_batch)
                 seconds = time.perf_counter() - began
                 yield Evaluated(epoch, event.loss, judged.top1, seconds, net, judged.top5, mean_per_class=judged.mean_per_class)
         elif isinstance(event, Step):
