@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +15,7 @@ import pytest
 from search_scores import Logged, deadly, faulty, hanging, key, killed_once, learning, lines
 
 import triscale as ts
+from benchmarks.postgres import binaries, server
 from triscale.cost_model import cost
 from triscale.search.events import Began, Ended, Reported, Running, SearchError, Told
 from triscale.search.find import Place, coefficient_search, network_search, result
@@ -125,42 +124,18 @@ def test_a_network_that_kills_every_process_fails_in_the_end():
 
 @pytest.fixture(scope="module")
 def postgres():
-    """A PostgreSQL server of our own: what makes a database in it and gives its URL, what starts it and what stops it."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [p for p in [shutil.which("initdb")] if p]
-    if not found:
+    """A PostgreSQL server of our own."""
+    if binaries() is None:
         reason = "no PostgreSQL here (Debian's package postgresql)"
         print(reason)
         pytest.skip(reason)
-    import tempfile
-
-    binaries, folder = Path(found[-1]).parent, Path(tempfile.mkdtemp(prefix="triscale-pg-", dir="/tmp"))
-    prefix = []
-    if os.getuid() == 0:  # it refuses to run as root
-        shutil.chown(folder, "postgres", "postgres")
-        prefix = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run = lambda *command: subprocess.run([*prefix, *command], check=True, capture_output=True, cwd="/")  # noqa: E731
-    run(binaries / "initdb", "-D", folder / "data", "-A", "trust", "-U", "triscale", "--no-sync")
-    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-    control = [binaries / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", options]
-    start = lambda: run(*control, "start")  # noqa: E731
-    stop = lambda: run(*control, "-m", "immediate", "stop")  # noqa: E731
-    start()
-
-    def database(name):
-        run(binaries / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "triscale", name)
-        return f"postgresql://triscale@127.0.0.1:{port}/{name}"
-
-    yield database, start, stop
-    stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    with server() as running:
+        yield running
 
 
 @pytest.mark.parametrize("kind", ["journal", "postgres"])
 def test_two_workers_do_each_trial_once(kind, tmp_path, request):
-    where = tmp_path / "study.journal" if kind == "journal" else request.getfixturevalue("postgres")[0]("shared")
+    where = tmp_path / "study.journal" if kind == "journal" else request.getfixturevalue("postgres").database("shared")
     log, start = tmp_path / "log", time.time() + 4
     workers = [worker(where, log, 14, 0.1, start) for _ in range(2)]
     for process in workers:
@@ -178,7 +153,7 @@ def test_two_workers_do_each_trial_once(kind, tmp_path, request):
 
 def test_a_worker_killed_beside_another_loses_only_its_trial(postgres, tmp_path):
     """The one that is left takes the trial up, also where it can't see the other's process and only its sign stops."""
-    log, url = tmp_path / "log", postgres[0]("killed")
+    log, url = tmp_path / "log", postgres.database("killed")
     dying = worker(url, log, 4, 1.5, alive_after=4)
     deadline = time.time() + 60
     while not lines(log) and time.time() < deadline:
@@ -193,14 +168,13 @@ def test_a_worker_killed_beside_another_loses_only_its_trial(postgres, tmp_path)
 
 
 def test_a_database_that_goes_away_and_comes_back(postgres, tmp_path):
-    database, start, stop = postgres
-    url, log, told = database("outage"), tmp_path / "log", []
+    url, log, told = postgres.database("outage"), tmp_path / "log", []
     with_name = network_search(Logged(str(log), 0.05), SPACE, sampler="random", running=Running(8), place=Place(url, "outage"), tell=told.append)
     away = None
     for event in with_name.events():
         if isinstance(event, Ended) and event.trial.number == 2:
-            stop()
-            away = threading.Timer(1.5, start)
+            postgres.stop()
+            away = threading.Timer(1.5, postgres.start)
             away.start()
     away.join()
     assert told[0].startswith("the study's storage doesn't answer (")
@@ -280,7 +254,8 @@ def test_pruning_stops_what_is_behind(pruner, workers):
     pruned = [t for t in record.trials if t.state == "pruned"]
     assert pruned
     assert len(pruned) + len(record.complete) == 24
-    assert all(1 <= len(t.reported) < 5 for t in pruned)
+    assert all(1 <= len(t.reported) < 5 and t.why == "below the others at this epoch" for t in pruned)
+    assert {e.trial.why for e in events if isinstance(e, Ended)} == {"below the others at this epoch", ""}
     assert all(t.reported == tuple(learning(t.arch)) for t in record.complete)
     assert record.best.score == max(t.score for t in record.complete)
     assert max(p.reported[-1] / len(p.reported) for p in pruned) < record.best.score / 5 + 1e-9  # none that was pruned was ahead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from triscale.search.record import Record
     from triscale.search.study import Search
 
-JOURNAL = "study.journal"
+JOURNAL, BEGUN = "study.journal", "command.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class Asked:
     storage: str | None = None
     """A database instead of a file in --out: postgresql://, mysql:// or redis://. The same command on each machine joins in."""
     study: str | None = None
-    """The study's name in --storage; that of the folder unless given."""
+    """The study's name in --storage; search-KIND-DATA-NETWORK unless given."""
     report: bool = False
     """Only write the report of the study as it stands."""
     recipe: str = "proxy"
@@ -106,12 +107,17 @@ class Job:
         return replace(fitted(arch, self.data, self.asked.resolution, self.asked.macs, self.counted, print), name=label)
 
     def _folder(self) -> Path:
-        if self.asked.out is not None:
-            if self.asked.out.exists() and not self.asked.out.is_dir():
-                raise ValueError(f"--out {self.asked.out}: exists already and is no folder; give another")
-            return self.asked.out
-        name = f"search-{self.kind}-{Path(self.data).name}-{self.reference.name}"
-        return run_folder(None, name, self.asked.resume or self.asked.report, True)
+        out = self.asked.out
+        if out is None:
+            return run_folder(None, self.label, self.asked.resume or self.asked.report, True)
+        if out.exists() and not (out / BEGUN).is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out}: exists already and has no search in it; give another")
+        return out
+
+    @property
+    def label(self) -> str:
+        """What the search is called where nothing else is said, the same on every machine."""
+        return f"search-{self.kind}-{Path(self.data).name}-{self.reference.name}"
 
     def zero_cost(self, name: str) -> Any:
         from triscale.search.zerocost import ZeroCostScore
@@ -144,7 +150,24 @@ class Job:
     def place(self, about: dict[str, Any]) -> Any:
         from triscale.search.find import Place
 
-        return Place(self.asked.storage or self.out / JOURNAL, self.asked.study or self.out.name, tuple(about.items()))
+        return Place(
+            self.asked.storage or self.out / JOURNAL, self.asked.study or (self.label if self.asked.storage else self.out.name), tuple(about.items())
+        )
+
+    def join(self, make: Callable[[], Search], args: list[str]) -> Search:
+        """The search, whose command line is kept in its folder for whoever goes on with it."""
+        from triscale.search.events import SearchError
+
+        begun = self.out / BEGUN
+        try:
+            search = make()
+        except SearchError as error:
+            if not begun.exists():
+                raise
+            raise SearchError(f"{error}. It was begun with: {begun.read_text(encoding='utf-8').strip()}") from None
+        if not begun.exists():
+            write_text(begun, shlex.join(["triscale", "search", self.kind, *args]) + "\n")
+        return search
 
     def carry_out(self, search: Search, settings: dict[str, str]) -> int:
         from triscale.search.find import result
@@ -160,6 +183,7 @@ class Job:
             follow(search, again, lambda: render(self._record(search, settings), self.out, *self.counted))
         record = self._record(search, settings)
         page = render(record, self.out, *self.counted)
+        self._failures(search, record)
         if record.best is not None:
             self._write(result(search))
         print(f"Report: {page}")
@@ -192,6 +216,17 @@ class Job:
         print(f"{search.wanted} trials{f', {there} of them done' if there else ''}; {at_work}; in {self.out}")
         if self.asked.score == "train":
             print(f"each trained on {self.proxy.trained_images} images and scored on {self.proxy.scored_images} others of the training images")
+
+    def _failures(self, search: Search, record: Record) -> None:
+        """The networks that could not be scored, to be looked into."""
+        for number, trace in search.traces().items():
+            arch = record.trials[number].arch
+            if arch is not None:
+                write_text(self.out / "failed" / f"{number:04d}.json", arch.to_json() + "\n")
+            if trace:
+                write_text(self.out / "failed" / f"{number:04d}.txt", trace)
+        if search.traces():
+            print(f"{len(search.traces())} trials failed: {self.out / 'failed'}", file=sys.stderr)
 
     def _write(self, found: Found) -> None:
         """The networks found, as every other command takes them."""

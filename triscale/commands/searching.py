@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
@@ -34,7 +35,7 @@ class SearchCoefficients:
     """What alpha x beta^2 x gamma^2 is to be about."""
     tolerance: float = 0.1
     """How far it may be from that."""
-    asked: Asked = field(default_factory=lambda: Asked())
+    common: Asked = field(default_factory=lambda: Asked())
 
 
 @dataclass
@@ -58,19 +59,21 @@ class SearchNetwork:
     """naswot or synflow: of each --of networks that the sampler proposes, the best by this score without training is trained."""
     of: int = 8
     """Of --prefilter."""
-    asked: Asked = field(default_factory=lambda: Asked())
+    common: Asked = field(default_factory=lambda: Asked())
 
 
 def options(kind: Any, args: list[str], name: str) -> Any:
     """Parsed twice: the named recipe gives the defaults that the other options override."""
     from triscale.commands import TYRO
 
+    if find_spec("optuna") is None:
+        raise ValueError("searches are carried out by Optuna: pip install 'triscale[search]', or pip install optuna")
     recipe = next((args[i + 1] for i, a in enumerate(args[:-1]) if a == "--recipe"), None)
     recipe = next((a.split("=", 1)[1] for a in args if a.startswith("--recipe=")), recipe) or "proxy"
-    default = kind(data=tyro.MISSING, asked=Asked(recipe=recipe, settings=named(recipe)))
+    default = kind(data=tyro.MISSING, common=Asked(recipe=recipe, settings=named(recipe)))
     given = tyro.cli(kind, args=args, default=default, prog=f"triscale {name}", config=TYRO)
     if given.data == "digits" and "--flip" not in args:  # a mirrored digit is another digit, or none
-        given.asked = replace(given.asked, settings=replace(given.asked.settings, flip=False))
+        given.common = replace(given.common, settings=replace(given.common.settings, flip=False))
     return given
 
 
@@ -81,10 +84,11 @@ def search_coefficients(args: list[str]) -> int:
     from triscale.search.grid import grid, spread
 
     triples = spread(grid(given.alpha, given.beta, given.gamma, budget=given.budget, tolerance=given.tolerance))
-    job = Job("coefficients", given.data, given.asked)
+    job = Job("coefficients", given.data, given.common)
     about = {**job.about, "budget": given.budget}
-    search = coefficient_search(
-        job.score, job.reference, triples, counted=job.counted, running=job.running(len(triples), "none"), place=job.place(about), tell=job.say
+    running, place = job.running(len(triples), "none"), job.place(about)
+    search = job.join(
+        lambda: coefficient_search(job.score, job.reference, triples, counted=job.counted, running=running, place=place, tell=job.say), args
     )
     settings = {"budget": f"{given.budget:g}", "tolerance": f"{given.tolerance:g}", "triples on the grid": f"{len(triples)}"}
     return job.carry_out(search, settings)
@@ -96,22 +100,13 @@ def search_network(args: list[str]) -> int:
     from triscale.search.find import Screen, network_search
     from triscale.search.space import mnasnet_space
 
-    job = Job("network", given.data, given.asked, spare=given.cost == "latency")
+    job = Job("network", given.data, given.common, spare=given.cost == "latency")
     space = mnasnet_space(job.reference)
     objective = _objective(given, job)
     screen = Screen(job.zero_cost(given.prefilter), given.of) if given.prefilter else None
-    running = job.running(100, "none" if given.sampler == "nsga2" or given.asked.score != "train" else "median")
-    search = network_search(
-        job.score,
-        space,
-        objective,
-        sampler=given.sampler,
-        seed=given.asked.settings.seed,
-        screen=screen,
-        running=running,
-        place=job.place(job.about),
-        tell=job.say,
-    )
+    running = job.running(100, "none" if given.sampler == "nsga2" or given.common.score != "train" else "median")
+    more: Any = {"sampler": given.sampler, "seed": given.common.settings.seed, "screen": screen, "running": running}
+    search = job.join(lambda: network_search(job.score, space, objective, place=job.place(job.about), tell=job.say, **more), args)
     settings = {"sampler": given.sampler, "networks in the space": f"{space.size:.2g}", "pruner": running.pruner}
     if given.prefilter:
         settings["prefilter"] = f"the best of {given.of} by {given.prefilter}"

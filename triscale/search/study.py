@@ -69,6 +69,11 @@ class Search:
         """The study as it stands."""
         return record_of(self.problem, self._trials(), self.wanted, settings or {}, importance or {})
 
+    def traces(self) -> dict[int, str]:
+        """Of the failed trials by number, where in the score's code it happened; "" where that isn't known."""
+        failed = [t for t in self._trials() if t.state == TrialState.FAIL and counts(t)]
+        return {t.number: t.user_attrs.get(RESULT, {}).get("trace", "") for t in failed}
+
     def events(self) -> Iterator[Event]:
         """Goes on with the study until all trials that are wanted have ended, yielding what happens.
 
@@ -210,9 +215,8 @@ class Search:
             del self._open[number]
             yield Told(f"trial {number}: taken from this worker, which had given no sign; its score isn't used ({str(error)[:80]})")
             return
-        ended = self._trial(number)
         del self._open[number]
-        yield Ended(ended)
+        yield Ended(self._trial(number))
 
     def _ended(self, number: int) -> bool:
         return self._trials()[number].state.is_finished()
