@@ -1,6 +1,6 @@
 """Runs every benchmark with pinned cores; writes results/*.json with versions and machine, and docs/benchmarks.md from them.
 
-python -m benchmarks.run [startup] [forward_b0] [training_step] [predict] [memory] [loader]
+python -m benchmarks.run [startup] [forward_b0] [training_step] [predict] [memory] [loader] [search_overhead] [search_sharing]
 """
 
 import importlib
@@ -12,14 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import loader
+from benchmarks import loader, search_overhead, search_sharing
 from benchmarks.forward_b0 import ratios
 from triscale.report import DEMO_HEADER, demo_plot, demo_rows, verdict
 
 HERE = Path(__file__).parent
 RESULTS, PAGE, README = HERE / "results", HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md"
 DEMO = HERE.parent / "studies" / "demo" / "results.json"
-CORES = {"startup": 2, "forward_b0": 1, "training_step": 2, "predict": 2, "memory": 2, "loader": 2}
+CORES = {"startup": 2, "forward_b0": 1, "training_step": 2, "predict": 2, "memory": 2, "loader": 2, "search_overhead": 1, "search_sharing": 2}
 
 
 def machine(cores):
@@ -49,6 +49,8 @@ def main(names):
     PAGE.write_text(page())
     README.write_text(readme(README.read_text()))
     demo_plot(json.loads(DEMO.read_text())["networks"], PAGE.parent / "demo.png")
+    if (RESULTS / "search_overhead.json").is_file():
+        search_overhead.plot(json.loads((RESULTS / "search_overhead.json").read_text())["rows"], PAGE.parent / "search-overhead.png")
     print(PAGE.read_text())
 
 
@@ -173,6 +175,13 @@ def page():
     if "loader" in bodies:
         title = "## From JPEG bytes to 224-px training batches: images a second of CPU time"
         parts += [title, about(bodies["loader"]), *(p if isinstance(p, str) else table(*p) for p in loader.described(bodies["loader"]["rows"]))]
+    if "search_overhead" in bodies:
+        rows = bodies["search_overhead"]["rows"]
+        parts += ["## What a search costs beside the score", about(bodies["search_overhead"])]
+        parts += [p if isinstance(p, str) else table(*p) for p in search_overhead.described(rows)]
+    if "search_sharing" in bodies:
+        parts += ["## What sharing a study costs", about(bodies["search_sharing"])]
+        parts += [p if isinstance(p, str) else table(*p) for p in search_sharing.described(bodies["search_sharing"]["rows"])]
     return "\n\n".join(parts) + "\n"
 
 
