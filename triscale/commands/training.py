@@ -95,7 +95,7 @@ class Train:
     tensorboard: bool = False
     """Write TensorBoard's curves too."""
     recipe: str = "quick"
-    """Named settings, which the options below override: quick, small, cifar10, finetune, transfer, paper, paper-gpu, randaugment,
+    """Named settings, which the options below override: quick, small, cifar10, proxy, finetune, transfer, paper, paper-gpu, randaugment,
     advprop. transfer has the epochs of 20 000 steps for the eight data sets' names."""
     computing: Computing = field(default_factory=lambda: Computing())
     settings: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
