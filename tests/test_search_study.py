@@ -167,6 +167,23 @@ def test_a_worker_killed_beside_another_loses_only_its_trial(postgres, tmp_path)
     check_whole(record, log, 4)
 
 
+def test_a_worker_that_is_stopped_and_comes_back(tmp_path):
+    """Others take its trial; what it then gives for that isn't used, and it goes on."""
+    storage, log = tmp_path / "study.journal", tmp_path / "log"
+    slow = worker(storage, log, 3, 0.5, alive_after=1)
+    deadline = time.time() + 60
+    while not lines(log) and time.time() < deadline:
+        time.sleep(0.01)
+    slow.send_signal(signal.SIGSTOP)
+    record, events = carry_out(search(Logged(str(log)), Running(3, alive_after=1), storage))
+    assert any("its worker has ended" in e.text for e in events if isinstance(e, Told))
+    slow.send_signal(signal.SIGCONT)
+    out, _ = slow.communicate(timeout=30)
+    assert "taken from this worker, which had given no sign; its score isn't used" in out
+    assert out.endswith("done\n")
+    assert len(record.complete) == len(search(Logged(str(log)), Running(3), storage).record().complete) == 3
+
+
 def test_a_database_that_goes_away_and_comes_back(postgres, tmp_path):
     url, log, told = postgres.database("outage"), tmp_path / "log", []
     with_name = network_search(Logged(str(log), 0.05), SPACE, sampler="random", running=Running(8), place=Place(url, "outage"), tell=told.append)

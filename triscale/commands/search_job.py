@@ -154,6 +154,15 @@ class Job:
             self.asked.storage or self.out / JOURNAL, self.asked.study or (self.label if self.asked.storage else self.out.name), tuple(about.items())
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What the study that this would join is of; {} where there is none yet."""
+        from triscale.search.storage import open_storage
+        from triscale.search.study import identity
+
+        place = self.place({})
+        there = self.asked.storage or (self.out / JOURNAL).exists()
+        return identity(open_storage(place.storage), place.name) if there else {}
+
     def join(self, make: Callable[[], Search], args: list[str]) -> Search:
         """The search, whose command line is kept in its folder for whoever goes on with it."""
         from triscale.search.events import SearchError

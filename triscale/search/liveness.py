@@ -84,8 +84,9 @@ class Liveness:
             return True
         if card.get("machine") == self.card["machine"]:
             now = began(int(card["pid"]))
-            return bool(now) and (now == card.get("began") or "?" in (now, card.get("began")))
-        return self.changes(SIGN + name, signs.get(SIGN + name))
+            if not now or (now != card.get("began") and "?" not in (now, card.get("began"))):
+                return False
+        return self.changes(SIGN + name, signs.get(SIGN + name))  # one that was stopped, or hangs whole, gives none either
 
     def changes(self, what: str, sign: Any) -> bool:
         """Whether `sign` has changed within the time, or is new here."""

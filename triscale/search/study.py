@@ -330,6 +330,14 @@ def _join(
     return study
 
 
+def identity(storage: BaseStorage, name: str) -> dict[str, Any]:
+    """What the study of this name is of, {} where there is none."""
+    try:
+        return dict(storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get(IDENTITY, {}))
+    except KeyError:
+        return {}
+
+
 def pruner(name: str) -> optuna.pruners.BasePruner:
     """median: from the second value on, once five trials have ended; asha: successive halving, a third goes on at each rung."""
     if name == "median":
