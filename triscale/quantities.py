@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
-_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -19,11 +19,11 @@ def count(text: str) -> float:
 
 
 def seconds(text: str) -> float:
-    """A duration: 20ms, 0.02, 1.5s. Raises ValueError."""
+    """A duration: 20ms, 0.02, 1.5s, 10min, 2h. Raises ValueError."""
     value, unit = _split(text)
     scale = _SECONDS.get(unit.lower())
     if scale is None:
-        raise ValueError(f"expected a duration such as 20ms or 0.02s, found '{text}'")
+        raise ValueError(f"expected a duration such as 20ms, 0.02s, 10min or 2h, found '{text}'")
     return value * scale
 
 

@@ -6,6 +6,7 @@ first call in a process and kept there, so a `ProxyScore` is small and can be se
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import warnings
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from triscale.architecture import Arch
 from triscale.classify.events import Evaluated
-from triscale.classify.pictures import Data, Streamed, prepare, preprocess_for
+from triscale.classify.pictures import Data, InMemory, Streamed, prepare, preprocess_for
 from triscale.classify.run import train_classifier
 from triscale.data.datasets import Listing, find, picture
 from triscale.data.decode import BadImage
@@ -32,7 +33,8 @@ from triscale.recipes import named
 from triscale.text import printable
 from triscale.train.plan import Plan
 
-KEPT = 2  # resolutions whose images stay in memory
+KEPT = 1 << 30  # bytes of images, of as many resolutions as fit, that stay in memory
+PROBED = 64  # images of a part whose contents are looked at to tell data sets apart
 SHOWN_WHOLE = ("digits", "cifar10", "cifar100")  # pictures so small that no evaluation crops them, whatever the input size
 
 
@@ -70,12 +72,17 @@ class ProxyScore:
         preprocess = self.preprocess(arch.resolution)
         data = self.images(arch.resolution)
         try:
-            for event in train_classifier(data, arch, preprocess, self.recipe, plan=Plan(self._device)):
+            for event in train_classifier(data, arch, preprocess, self.recipe, plan=Plan(self._device), broken_share=1.0):
                 if isinstance(event, Evaluated):
                     yield event.top1
         finally:
             data.close()
             _tell_once(self.data, data.left_out())
+
+    @property
+    def steps(self) -> int:
+        """How many values a whole score has."""
+        return self.recipe.epochs
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -105,23 +112,25 @@ class ProxyScore:
         key = (self.data, self.data_dir, self.share, preprocess, self.recipe.crop_area > 0)
         with _lock:
             if key not in _kept:
-                while len(_kept) >= KEPT:  # before the new ones are read: memory holds no third
+                coming = (len(listed.train) + len(listed.held_out)) * preprocess.channels * preprocess.size**2
+                while _kept and coming + sum(map(_bytes, _kept.values())) > KEPT:  # before the new ones are read
                     _kept.popitem(last=False)
                 _kept[key] = prepare(listed, preprocess, self.recipe)
             _kept.move_to_end(key)
             return _kept[key]
 
     def batch(self, resolution: int, n: int = 64) -> Tensor:
-        """(n, C, S, S) float32, normalised, of training images drawn under the recipe's seed; fewer where there are fewer. None of
-        those that are scored is among them. For scores without training, which need no more."""
+        """(n, C, S, S) float32, normalised, of different training images drawn under the recipe's seed; fewer where there are fewer.
+        None of those that are scored is among them. For scores without training, which need no more."""
         return _batch(self.data, self.data_dir, self.share, self.preprocess(resolution), self.recipe.seed, n)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a score depends on beside the network: for the key of a cache. The data by names and labels, not by pixels; not the
-        threads and the machine, which change the last bits of what is computed."""
+        """What a score depends on beside the network: for the key of a cache. The data by names and labels, and by the contents of some
+        images; not the threads and the machine, which change the last bits of what is computed."""
         return {
             "score": "proxy",
             "data": dict(_fingerprint(self.data, self.data_dir, self.share)),
+            "contents": _contents(self.data, self.data_dir, self.share),
             "classes": list(self.classes),
             "share": self.share,
             "recipe": self.recipe.to_dict(),
@@ -143,6 +152,11 @@ class ProxyScore:
 _lock = threading.Lock()
 _kept: OrderedDict[tuple[Any, ...], Data] = OrderedDict()
 _told: set[str] = set()
+
+
+def _bytes(data: Data) -> int:
+    """Of the images that are held in memory."""
+    return sum(part.data.images.nbytes for part in (data.train, data.held_out) if isinstance(part, InMemory))
 
 
 @cache
@@ -174,18 +188,37 @@ def _fingerprint(data: str, data_dir: str | None, share: float) -> dict[str, Any
     return Data(Streamed(listing.train), Streamed(listing.held_out), listing.classes, listing.held_out_is).fingerprint()
 
 
-@lru_cache(KEPT)
+@cache
+def _contents(data: str, data_dir: str | None, share: float) -> str:
+    """A sum over the encoded images, of many those at PROBED even places of each part: what tells sets with the same names apart."""
+    listing, check = _listing(data, data_dir, share), hashlib.sha256()
+    for part in (listing.train, listing.held_out):
+        for number in range(0, len(part), max(1, len(part) // PROBED)):
+            try:
+                read = part.read(number)
+            except OSError:
+                continue
+            check.update(read if isinstance(read, bytes) else np.ascontiguousarray(read).tobytes())
+    return check.hexdigest()[:16]
+
+
+@lru_cache(2)
 def _batch(data: str, data_dir: str | None, share: float, preprocess: Preprocess, seed: int, n: int) -> Tensor:
     samples = _listing(data, data_dir, share).train
     squares: list[np.ndarray] = []
+    seen: set[bytes] = set()
     broken: list[str] = []
     for number in np.random.default_rng(seed).permutation(len(samples)).tolist():
         if len(squares) == n:
             break
         try:
-            squares.append(square(picture(samples, number), preprocess))
+            pixels = square(picture(samples, number), preprocess)
         except BadImage as error:
             broken.append(str(error))
+            continue
+        if (key := pixels.tobytes()) not in seen:  # two equal ones would make NASWOT's kernel singular for every network
+            seen.add(key)
+            squares.append(pixels)
     _tell_once(data, tuple(broken))
     if not squares:
         raise DataError(f"{data}: none of the images to train on can be read; the first: {broken[0]}")

@@ -74,12 +74,14 @@ def train_classifier(
     start: Start | None = None,
     evaluate_every: int = 1,
     plan: Plan = Plan(),  # noqa: B008 - frozen
+    broken_share: float = 0.01,
 ) -> Iterator[Step | Evaluated]:
     """Trains in this process, yielding each Step and, every so many epochs and after the last, an Evaluated.
 
     The same arguments, seed and number of threads give the same numbers on the same machine. plan: its device is one of torch's.
+    broken_share: of streamed training images, above which it is an error that they can't be read.
     """
-    data, feeding = Data.of(data), Feeding(device=plan.device)
+    data, feeding = Data.of(data), Feeding(broken_share=broken_share, device=plan.device)
     network = start_from(arch, data.classes, preprocess.channels, recipe, start)
     net = network.net.to(plan.device)
     state = TrainState(net, recipe, prepare=network.prepare, adversary=PGD.of(recipe, preprocess) if recipe.advprop else None)

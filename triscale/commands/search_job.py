@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -91,6 +95,10 @@ class Job:
         from triscale.classify import ProxyScore
 
         self.kind, self.data, self.asked = kind, data, asked
+        if asked.device not in ("cpu", "auto"):
+            from triscale.commands.running import available
+
+            available(asked.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.workers = asked.workers if asked.workers is not None else max(1, cores - spare) if asked.device == "cpu" else 1
         self.threads = asked.threads if asked.threads is not None else max(1, cores // max(1, self.workers))
@@ -107,9 +115,18 @@ class Job:
         return replace(fitted(arch, self.data, self.asked.resolution, self.asked.macs, self.counted, print), name=label)
 
     def _folder(self) -> Path:
-        out = self.asked.out
+        a, going_on = self.asked, self.asked.resume or self.asked.report
+        out = a.out
         if out is None:
-            return run_folder(None, self.label, self.asked.resume or self.asked.report, True)
+            there = sorted(Path("runs").glob(f"{glob.escape(self.label)}*/{BEGUN}"), key=lambda p: p.stat().st_mtime)
+            there = [p for p in there if re.fullmatch(rf"{re.escape(self.label)}(-\d+)?", p.parent.name)]
+            if not going_on:
+                return run_folder(None, self.label, False, True)
+            if not there:
+                raise ValueError(f"--resume and --report: no search in runs/{self.label}; --out tells another folder")
+            return there[-1].parent
+        if a.report and not a.storage and not (out / BEGUN).is_file():
+            raise ValueError(f"--report: no search in {out}")
         if out.exists() and not (out / BEGUN).is_file() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out}: exists already and has no search in it; give another")
         return out
@@ -151,7 +168,7 @@ class Job:
         from triscale.search.find import Place
 
         return Place(
-            self.asked.storage or self.out / JOURNAL, self.asked.study or (self.label if self.asked.storage else self.out.name), tuple(about.items())
+            self.asked.storage or self.out / JOURNAL, self.asked.study or (self.label if self.asked.storage else "search"), tuple(about.items())
         )
 
     def identity(self) -> dict[str, Any]:
@@ -166,19 +183,26 @@ class Job:
     def join(self, make: Callable[[], Search], args: list[str]) -> Search:
         """The search, whose command line is kept in its folder for whoever goes on with it."""
         from triscale.search.events import SearchError
+        from triscale.search.storage import hide_password
 
-        begun = self.out / BEGUN
+        begun, fresh = self.out / BEGUN, not (self.out / BEGUN).exists()
+        if self.asked.report and not self.identity():
+            raise ValueError(f"--report: no study '{self.place({}).name}' in {hide_password(str(self.place({}).storage))}")
+        if fresh:  # before the study: whoever finds that finds this
+            write_text(begun, hide_password(shlex.join(["triscale", "search", self.kind, *args])) + "\n")
         try:
-            search = make()
-        except SearchError as error:
-            if not begun.exists():
-                raise
-            raise SearchError(f"{error}. It was begun with: {begun.read_text(encoding='utf-8').strip()}") from None
-        if not begun.exists():
-            write_text(begun, shlex.join(["triscale", "search", self.kind, *args]) + "\n")
-        return search
+            return make()
+        except BaseException as error:
+            if fresh:
+                begun.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.out.rmdir()
+            elif isinstance(error, SearchError):
+                raise SearchError(f"{error}. It was begun with: {begun.read_text(encoding='utf-8').strip()}") from None
+            raise
 
     def carry_out(self, search: Search, settings: dict[str, str]) -> int:
+        from triscale.search.events import SearchError
         from triscale.search.find import result
         from triscale.search_report import render
 
@@ -189,14 +213,20 @@ class Job:
 
             self._describe(search)
             again = f"the same command with --out {self.out} goes on"
-            follow(search, again, lambda: render(self._record(search, settings), self.out, *self.counted))
+            interim = lambda: render(search.record(settings), self.out, *self.counted)  # noqa: E731 - importance would take long
+            try:
+                follow(search, again, interim)
+            except SearchError:
+                self._failures(search, search.record())
+                interim()
+                raise
         record = self._record(search, settings)
         page = render(record, self.out, *self.counted)
         self._failures(search, record)
         if record.best is not None:
             self._write(result(search))
         print(f"Report: {page}")
-        return 1 if any(t.state == "failed" for t in record.trials) else 0 if record.best else 2
+        return 2 if record.best is None else 1 if any(t.state == "failed" for t in record.trials) else 0
 
     def _settings(self) -> dict[str, str]:
         if self.asked.score != "train":
@@ -220,7 +250,7 @@ class Job:
         print(
             f"{self.reference.name} at {self.reference.resolution} px: {short(c.macs)} MACs, {short(c.params)} parameters, {self.counted[0]} classes"
         )
-        there = len([t for t in search.record().trials if t.state in ("complete", "pruned", "failed")])
+        there, _ = search.standing(0)
         at_work = f"{self.workers or 'no'} worker processes of {self.threads} threads"
         print(f"{search.wanted} trials{f', {there} of them done' if there else ''}; {at_work}; in {self.out}")
         if self.asked.score == "train":
@@ -248,6 +278,7 @@ class Job:
         print(f"best: trial {t.number}, score {_score(t.score)}, {costs}: {self.out / 'best.json'}")
         if found.record.reference_score is not None:
             print(f"the reference, {self.reference.name}, has {_score(found.record.reference_score)}: {self.out / 'reference.json'}")
+        shutil.rmtree(self.out / "front", ignore_errors=True)  # of an earlier run of the study
         if len(found.front) > 1:
             for i, member in enumerate(found.front):
                 if member.arch is not None:

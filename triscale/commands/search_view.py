@@ -23,7 +23,7 @@ def follow(search: Search, again: str, report: Callable[[], object]) -> None:
     """Carries the search out and shows it. again: what an interrupted user is told. report: writes the page as it stands."""
     console = Console(stderr=True)
     view = _View(search)
-    reported = time.monotonic()
+    next_report = time.monotonic() + REPORT_EVERY
     events = search.events()
     try:
         with Live(view, console=console, refresh_per_second=2, transient=True) if console.is_terminal else _Lines() as live:
@@ -34,12 +34,21 @@ def follow(search: Search, again: str, report: Callable[[], object]) -> None:
                     live.console.print(line, highlight=False, markup=False)
                 elif line:
                     console.print(line, highlight=False, markup=False, soft_wrap=True)
-                if isinstance(event, Ended) and time.monotonic() - reported > REPORT_EVERY:
-                    report()
-                    reported = time.monotonic()
+                if isinstance(event, Ended) and time.monotonic() > next_report:
+                    next_report = _report(report, console)
     except KeyboardInterrupt:
         events.close()  # type: ignore[attr-defined]
         raise KeyboardInterrupt(f"{view.done} of {search.wanted} trials are done; {again}") from None
+
+
+def _report(report: Callable[[], object], console: Console) -> float:
+    """Writes the page as it stands; returns when to do so next: a twentieth of the time at most goes into that."""
+    began = time.monotonic()
+    try:
+        report()
+    except OSError as error:
+        console.print(f"the report can't be written now: {error}", highlight=False, markup=False)
+    return time.monotonic() + max(REPORT_EVERY, 20 * (time.monotonic() - began))
 
 
 class _Lines:
@@ -53,13 +62,11 @@ class _Lines:
 
 
 class _View:
-    """What has happened so far."""
+    """What has happened so far, by all workers."""
 
     def __init__(self, search: Search) -> None:
-        self.wanted = search.wanted
-        ended = [t for t in search.record().trials if t.state in ("complete", "pruned", "failed")]
-        self.done, self.here = len(ended), 0
-        self.best = sorted((t for t in ended if t.value is not None), key=_rank)[:SHOWN]
+        self.search, self.wanted, self.here = search, search.wanted, 0
+        self.done, self.best = search.standing(SHOWN)
         self.open: dict[int, tuple[Trial, float | None, int]] = {}
         self.began = time.monotonic()
 
@@ -68,12 +75,12 @@ class _View:
             self.open[event.trial.number] = event.trial, None, 0
         elif isinstance(event, Reported) and event.number in self.open:
             self.open[event.number] = self.open[event.number][0], event.score, event.step
+        elif isinstance(event, Told) and event.number is not None:
+            self.open.pop(event.number, None)
         elif isinstance(event, Ended):
             self.open.pop(event.trial.number, None)
-            self.done += 1
             self.here += not event.trial.cached
-            if event.trial.value is not None:
-                self.best = sorted([*self.best, event.trial], key=_rank)[:SHOWN]
+            self.done, self.best = self.search.standing(SHOWN)
 
     def line(self, event: Event) -> str:
         """What is printed for good."""
@@ -88,7 +95,8 @@ class _View:
         score = f"{t.reported[-1]:.4f}" if t.reported else "none"
         more = f", {t.why}" if t.state == "pruned" else f", value {t.value:.4f}" if t.value is not None and t.value != t.score else ""
         how = "known" if t.cached else f"{t.seconds:.0f} s"
-        return f"trial {t.number} ({place}): {t.state}, score {score}{more}, {_cost(t)}, {how}{'  best so far' if self.best[:1] == [t] else ''}"
+        first = "  best so far" if [b.number for b in self.best[:1]] == [t.number] else ""
+        return f"trial {t.number} ({place}): {t.state}, score {score}{more}, {_cost(t)}, {how}{first}"
 
     def pace(self) -> str:
         hours = (time.monotonic() - self.began) / 3600
@@ -105,13 +113,9 @@ class _View:
         for i, t in enumerate(self.best):
             value = "" if t.value is None else f"{t.value:.4f}"
             table.add_row("best" if not i else f"{i + 1}.", f"{t.number}", f"{t.score:.4f}", value, _cost(t), f"{len(t.reported)}", _choices(t))
-        for t, score, step in self.open.values():
+        for t, score, step in list(self.open.values()):
             table.add_row("at work", f"{t.number}", "" if score is None else f"{score:.4f}", "", _cost(t), f"{step}" if step else "", _choices(t))
         return Group(table, Text("Ctrl-C stops; the study can be gone on with"))
-
-
-def _rank(t: Trial) -> tuple[float, int]:
-    return -(t.value if t.value is not None else float("-inf")), t.number
 
 
 def _cost(t: Trial) -> str:

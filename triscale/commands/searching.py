@@ -51,14 +51,14 @@ class SearchNetwork:
     """What is counted: multiply-adds, latency measured on one thread of this machine, or inference memory at batch 1."""
     target: str | None = None
     """T, e.g. 5M, 20ms or 8MB; the reference's own unless given."""
-    w: float = -0.07
-    """The paper's exponent: twice the cost is worth 5 % of the accuracy."""
+    w: float | None = None
+    """The exponent; the paper's -0.07, by which twice the cost is worth 5 % of the accuracy, unless given."""
     hard: bool = False
     """w = 0 up to T and -1 above it instead."""
     prefilter: str | None = None
     """naswot or synflow: of each --of networks that the sampler proposes, the best by this score without training is trained."""
-    of: int = 8
-    """Of --prefilter."""
+    of: int | None = None
+    """Of --prefilter; 8 unless given."""
     common: Asked = field(default_factory=lambda: Asked())
 
 
@@ -90,7 +90,14 @@ def search_coefficients(args: list[str]) -> int:
     search = job.join(
         lambda: coefficient_search(job.score, job.reference, triples, counted=job.counted, running=running, place=place, tell=job.say), args
     )
-    settings = {"budget": f"{given.budget:g}", "tolerance": f"{given.tolerance:g}", "triples on the grid": f"{len(triples)}"}
+    networks = len({search.problem.arch({"alpha": c.alpha, "beta": c.beta, "gamma": c.gamma}) for c in triples})
+    print(f"{len(triples)} triples, which make {networks} different networks")
+    settings = {
+        "budget": f"{given.budget:g}",
+        "tolerance": f"{given.tolerance:g}",
+        "triples on the grid": f"{len(triples)}",
+        "different networks": f"{networks}",
+    }
     return job.carry_out(search, settings)
 
 
@@ -103,18 +110,23 @@ def search_network(args: list[str]) -> int:
     job = Job("network", given.data, given.common, spare=given.cost == "latency")
     space = mnasnet_space(job.reference)
     objective = _objective(given, job)
-    screen = Screen(job.zero_cost(given.prefilter), given.of) if given.prefilter else None
+    if given.of is not None and not given.prefilter:
+        raise ValueError("--of: of --prefilter, which isn't given")
+    if given.sampler == "nsga2" and given.common.pruner not in (None, "none"):
+        raise ValueError(f"--pruner {given.common.pruner}: nsga2 has two values, of which neither alone can tell what to stop; none goes with it")
+    of = 8 if given.of is None else given.of
+    screen = Screen(job.zero_cost(given.prefilter), of) if given.prefilter else None
     running = job.running(100, "none" if given.sampler == "nsga2" or given.common.score != "train" else "median")
     more: Any = {"sampler": given.sampler, "seed": given.common.settings.seed, "screen": screen, "running": running}
     search = job.join(lambda: network_search(job.score, space, objective, place=job.place(job.about), tell=job.say, **more), args)
     settings = {"sampler": given.sampler, "networks in the space": f"{space.size:.2g}", "pruner": running.pruner}
     if given.prefilter:
-        settings["prefilter"] = f"the best of {given.of} by {given.prefilter}"
+        settings["prefilter"] = f"the best of {of} by {given.prefilter}"
     return job.carry_out(search, settings)
 
 
 def _objective(given: SearchNetwork, job: Job) -> Objective:
-    from triscale.search.reward import HARD, Objective
+    from triscale.search.reward import HARD, SOFT, Objective
 
     measure = None
     if given.cost == "latency":
@@ -128,4 +140,7 @@ def _objective(given: SearchNetwork, job: Job) -> Objective:
     else:
         probe = Objective(given.cost, 1.0, classes=job.counted[0], channels=job.counted[1], measure=measure)
         target = probe.costs(job.reference)[given.cost]
-    return Objective(given.cost, target, HARD if given.hard else (given.w, given.w), *job.counted, measure=measure)
+    if given.hard and given.w is not None:
+        raise ValueError("--hard and --w: the hard constraint has exponents of its own; leave one of the two out")
+    w = SOFT if given.w is None else (given.w, given.w)
+    return Objective(given.cost, target, HARD if given.hard else w, *job.counted, measure=measure)

@@ -1,7 +1,7 @@
 """How a point is written in a study: as parameters, one a decision or one a group of decisions.
 
 A storage writes each parameter on its own, so that fewer of them cost less; samplers that model each parameter, as Optuna's TPE
-does, need one a decision. Either form is read back, so workers with different samplers can share a study.
+does, need one a decision. A study has one form; the samplers that take it can share the study.
 """
 
 from __future__ import annotations

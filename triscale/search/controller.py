@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from triscale.search.evolution import Outcome
 from triscale.search.space import Point
 
+MOST = 10.0  # of an advantage, in spreads
+
 
 @dataclass(frozen=True)
 class PPO:
@@ -59,14 +61,19 @@ class Baseline:
     updates: int = 0
 
     def advantages(self, values: Sequence[float]) -> list[float]:
-        """(value - mean) / spread by what was known before these values; the first time by themselves."""
+        """(value - mean) / spread by what was known before these values, the first time by themselves; within +-MOST.
+
+        The spread is at least that of these values: after a batch of nearly equal ones, known spreads would blow the next up.
+        """
         mean = sum(values) / len(values)
         if not self.updates:
             self.mean = mean
         spread = math.sqrt(sum((v - self.mean) ** 2 for v in values) / len(values))
         if not self.updates:
             self.spread = spread
-        out = [(v - self.mean) / self.spread if self.spread else 0.0 for v in values]
+        by = max(self.spread, spread)
+        flat = by <= 1e-9 * max(abs(self.mean), abs(mean))  # rounding
+        out = [0.0 if flat else min(max((v - self.mean) / by, -MOST), MOST) for v in values]
         self.mean = self.decay * self.mean + (1 - self.decay) * mean
         self.spread = self.decay * self.spread + (1 - self.decay) * spread
         self.updates += 1

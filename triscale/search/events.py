@@ -43,9 +43,10 @@ class Ended:
 
 @dataclass(frozen=True)
 class Told:
-    """Something that the user should know."""
+    """Something that the user should know. number: of the trial that it ends for this worker, without being counted."""
 
     text: str
+    number: int | None = None
 
 
 Event = Began | Reported | Ended | Told

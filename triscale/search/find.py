@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
+import time
+import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from triscale.architecture import Arch
-from triscale.scaling import Coefficients
+from triscale.scaling import Coefficients, compound, scale
 from triscale.search.coding import Coding
 from triscale.search.events import Event, Running, Score, SearchError
 from triscale.search.grid import grid, spread
@@ -24,7 +29,7 @@ from triscale.search.samplers import Prefiltered
 from triscale.search.samplers import sampler as make
 from triscale.search.space import Space
 from triscale.search.storage import open_storage
-from triscale.search.study import Search
+from triscale.search.study import Search, identity
 from triscale.search.trials import counts, fixed
 
 
@@ -40,7 +45,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Screen:
-    """A cheap score without training, and of how many proposals the one that it likes best is taken for a trial."""
+    """A cheap score without training, and of how many proposals the one that it likes best is taken for a trial.
+
+    With an objective of MACs or memory positive scores are weighed by the cost as the trials' are; a latency would have to be measured
+    for every proposal, and isn't. A score that raises counts as worst, which is told once.
+    """
 
     score: Callable[[Arch], float]
     of: int = 8
@@ -48,6 +57,16 @@ class Screen:
     def __post_init__(self) -> None:
         if self.of < 2:
             raise SearchError(f"screen: expected 2 or more proposals a trial, found {self.of}")
+
+    def worth(self, arch: Arch, objective: Objective | None) -> float:
+        try:
+            score = float(self.score(arch))
+        except Exception as error:
+            warnings.warn(f"prefilter: {type(error).__name__}: {error}", stacklevel=2)
+            return math.nan
+        if score > 0 and objective is not None and objective.kind != "latency":
+            return objective.value(score, objective.costs(arch))
+        return score
 
 
 @dataclass(frozen=True)
@@ -112,10 +131,20 @@ def coefficient_search(
     """The search itself, for its events. counted: classes and input channels of the costs that are told."""
     if not triples:
         raise SearchError("triples: expected one or more; grid() makes them")
-    problem = CoefficientProblem(arch, tuple(triples), *counted)
+    problem = CoefficientProblem(arch, different_first(arch, triples), *counted)
     where, running = place or Place(), running or Running()
     storage = open_storage(where.storage, tell=tell)
     return Search(problem, score, InOrder(problem.triples), running, storage=storage, name=where.name, about=dict(where.about))
+
+
+def different_first(arch: Arch, triples: Sequence[Coefficients]) -> tuple[Coefficients, ...]:
+    """The triples, each once, those last whose network an earlier one has already: channels, layers and pixels are rounded."""
+    seen, out, again = set[Arch](), list[Coefficients](), list[Coefficients]()
+    for c in dict.fromkeys(triples):
+        network = scale(arch, compound(1, c.alpha, c.beta, c.gamma))
+        (again if network in seen else out).append(c)
+        seen.add(network)
+    return (*out, *again)
 
 
 def network_search(
@@ -137,10 +166,13 @@ def network_search(
         raise SearchError("sampler nsga2: it looks for the front of score and cost; an objective says what the cost is")
     coding = Coding.of(space) if sampler in ("tpe", "nsga2") else Coding.by_block(space)
     problem = NetworkProblem(space, coding, objective, pareto)
+    storage = open_storage(where.storage, tell=tell)
+    if sampler in ("tpe", "nsga2") and seed is not None and identity(storage, where.name):
+        # Optuna's own begin their draws anew: a worker that joins would draw what the first one drew. Ours draw by the trial's number.
+        seed = zlib.crc32(f"{seed} {os.getpid()} {time.time()}".encode())
     chosen = make(sampler, coding, seed, running.trials)
     if screen is not None:
-        chosen = Prefiltered(chosen, lambda point: screen.score(space.decode(point)), screen.of, coding)
-    storage = open_storage(where.storage, tell=tell)
+        chosen = Prefiltered(chosen, lambda point: screen.worth(space.decode(point), objective), screen.of, coding)
     return Search(problem, score, chosen, running, storage=storage, name=where.name, about=dict(where.about))
 
 

@@ -57,16 +57,17 @@ def grid(
 def spread(triples: Sequence[Coefficients]) -> tuple[Coefficients, ...]:
     """The same triples in an order whose every beginning covers them well: first the most central one, then always the one
     furthest from all before it (Gonzalez 1985), in the logarithms of the three factors; of equals the first."""
-    rest, out = list(triples), list[Coefficients]()
+    rest, out = list(dict.fromkeys(triples)), list[Coefficients]()
     if not rest:
         return ()
     places = {c: (math.log(c.alpha), 2 * math.log(c.beta), 2 * math.log(c.gamma)) for c in rest}
     centre = tuple(sum(p[i] for p in places.values()) / len(rest) for i in range(3))
     out.append(min(rest, key=lambda c: math.dist(places[c], centre)))
-    distance = {c: math.dist(places[c], places[out[0]]) for c in rest}
+    distance = {c: math.dist(places[c], places[out[0]]) for c in rest if c != out[0]}
     while len(out) < len(rest):
-        chosen = max((c for c in rest if c not in out), key=lambda c: round(distance[c], 12))
+        chosen = max(distance, key=lambda c: round(distance[c], 12))
         out.append(chosen)
+        del distance[chosen]
         distance = {c: min(d, math.dist(places[c], places[chosen])) for c, d in distance.items()}
     return tuple(out)
 

@@ -1,4 +1,4 @@
-"""Which decisions matter: the share of the values' variance that each explains, by Optuna's PED-ANOVA (Watanabe et al. 2023)."""
+"""Which decisions matter: how much each sets the best tenth of the trials apart, by Optuna's PED-ANOVA (Watanabe et al. 2023)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FEWEST = 10  # complete trials below which nothing is said
 
 
 def importance(search: Search) -> dict[str, float]:
-    """Decision -> share, which sum to 1; {} with fewer than ten complete trials, where the values don't differ, and for triples,
-    whose three parts are bound to each other. However points are written, the decisions are taken one by one."""
+    """Decision -> its share of what sets the best tenth apart; all sum to 1. {} with fewer than ten complete trials, where the values
+    don't differ, and for triples, whose three parts are bound to each other. However points are written, decisions are taken singly."""
     problem = search.problem
     if not isinstance(problem, NetworkProblem):
         return {}

@@ -77,7 +77,8 @@ class NetworkProblem:
     def identity(self) -> dict[str, Any]:
         o = self.objective
         counted = {"cost": o.kind, "target": o.target, "exponents": list(o.exponents), "classes": o.classes, "channels": o.channels} if o else {}
-        return {"kind": self.kind, "directions": list(self.directions), "space": self.space.identity(), "objective": counted}
+        space = {**self.space.identity(), "decisions a parameter": self.coding.group}  # samplers that need another coding learn nothing from it
+        return {"kind": self.kind, "directions": list(self.directions), "space": space, "objective": counted}
 
     def arch(self, params: Mapping[str, Any]) -> Arch:
         point = self.coding.point(params)

@@ -42,7 +42,8 @@ class Record:
 
     kind: of search. reference: the network that is scaled or varied. target: ("macs" | "latency" | "memory", T), None without one.
     exponents: w below and above T. settings: what else was asked for, in words, for the reader. reference_score: the reference's
-    score where it was measured. wanted: trials asked for. importance: decision -> share of the variance, {} where it isn't known.
+    score where it was measured. wanted: trials asked for. importance: decision -> its share of what sets the best tenth of the trials
+    apart, {} where it isn't known.
     """
 
     kind: Literal["network", "coefficients"]

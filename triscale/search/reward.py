@@ -19,11 +19,14 @@ UNITS: dict[str, str] = {"macs": "MACs", "latency": "s", "memory": "bytes"}
 def reward(score: float, cost: float, target: float, exponents: tuple[float, float] = SOFT) -> float:
     """score x (cost / target)^w; w is exponents[0] at or below the target and exponents[1] above. cost and target in one unit.
 
-    Raises ValueError for a cost or target that isn't above 0.
+    Raises ValueError for a cost or target that isn't above 0, and for a score below 0, which a higher cost would raise.
     """
     if not (cost > 0 and target > 0):
         raise ValueError(f"reward: expected a cost and a target above 0, found {cost!r} and {target!r}")
-    return float(score * (cost / target) ** exponents[cost > target])
+    exponent = exponents[cost > target]
+    if score < 0 and any(exponents):
+        raise ValueError(f"reward: expected a score from 0, as score x (cost / T)^w would reward costs else, found {score:g}")
+    return float(score * (cost / target) ** exponent)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,11 @@ class Cached:
     folder: Path | None = None
 
     @property
+    def steps(self) -> int:
+        """How many values a whole score has; 0 where the score doesn't say."""
+        return int(getattr(self.score, "steps", 0))
+
+    @property
     def cache(self) -> ScoreCache:
         return ScoreCache(self.folder or cache_folder("scores"))
 

@@ -15,13 +15,15 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from triscale.architecture import Arch
 from triscale.search.events import Score, SearchError
+
+LOADING = 600.0  # seconds that a process with a timeout may take to begin
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Died:
-    """The process that scored it ended."""
+    """The process that scored it ended; loaded: after the score had been there."""
 
     number: int
     why: str
+    loaded: bool = True
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ class _Worker:
     pipe: Connection
     number: int | None = None
     deadline: float = math.inf
+    left: float = math.inf  # of the time that the score may take
+    loaded: bool = False
 
 
 class Processes:
@@ -168,14 +173,16 @@ class Processes:
         worker = next((w for w in self._workers if w.number is None and w.process.is_alive()), None)
         if worker is None:
             worker = self._new()
-        worker.number, worker.deadline = number, math.inf
+        worker.number, worker.left = number, self._timeout or math.inf
+        worker.deadline = time.monotonic() + (LOADING if self._timeout else math.inf)
         with contextlib.suppress(OSError):  # one that has just ended is met by `messages`
             worker.pipe.send((number, arch))
 
     def _new(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(self._score, theirs, os.getpid()), daemon=True)
-        process.start()
+        with _without_interrupt():
+            process.start()
         theirs.close()
         self._workers.append(_Worker(process, ours))
         return self._workers[-1]
@@ -191,12 +198,13 @@ class Processes:
             if worker.pipe in ready:
                 message = self._receive(worker, number)
                 if isinstance(message, Loaded):
-                    worker.deadline = time.monotonic() + (self._timeout or math.inf)
+                    worker.loaded, worker.deadline = True, time.monotonic() + worker.left
                 else:
                     out.append(message)
             elif time.monotonic() >= worker.deadline:
+                text = f"gave no score within {self._timeout:g} s" if worker.loaded else f"its process did not begin within {LOADING:g} s"
                 self._end(worker)
-                out.append(Failed(number, f"gave no score within {self._timeout:g} s"))
+                out.append(Failed(number, text))
         return out
 
     def _receive(self, worker: _Worker, number: int) -> Message | Loaded:
@@ -207,9 +215,11 @@ class Processes:
             code = worker.process.exitcode
             self._end(worker)
             told = f"by signal {signal.Signals(-code).name}" if code and code < 0 else f"with status {code}"
-            return Died(number, f"the process that scored it ended {told}")
+            return Died(number, f"the process that scored it ended {told}", worker.loaded)
         if isinstance(message, (Finished, Failed)):
             worker.number, worker.deadline = None, math.inf
+        elif isinstance(message, Scored):  # until it is answered the time is not the score's
+            worker.left, worker.deadline = worker.deadline - time.monotonic(), math.inf
         return message
 
     def go_on(self, number: int) -> None:
@@ -225,6 +235,7 @@ class Processes:
     def _answer(self, number: int, on: bool) -> None:
         for worker in self._workers:
             if worker.number == number:
+                worker.deadline = time.monotonic() + worker.left
                 with contextlib.suppress(OSError):
                     worker.pipe.send(on)
 
@@ -237,6 +248,19 @@ class Processes:
     def close(self) -> None:
         for worker in list(self._workers):
             self._end(worker)
+
+
+@contextlib.contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """A process that is started meanwhile takes no notice of Ctrl-C, not even before its own code begins."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits, and is not lost; the child inherits the block
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pickled: bytes, pipe: Connection, parent: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from random import Random
@@ -89,7 +89,7 @@ class Space:
 
     @property
     def size(self) -> int:
-        """How many networks there are."""
+        """How many points there are. Networks are fewer: where strides and channels leave a skip no choice, its values do the same."""
         return prod(self.sizes)
 
     def choices(self, decision: int) -> tuple[Any, ...]:
@@ -139,8 +139,9 @@ class Space:
         parts = (("stem", arch.stem, ref.stem), ("head", arch.head, ref.head), ("resolution", arch.resolution, ref.resolution))
         out = [f"{name} {found} instead of {wanted}" for name, found, wanted in parts if found != wanted]
         for i, (choices, s, old) in enumerate(zip(self.blocks, arch.stages, ref.stages, strict=True), 1):
-            if (s.stride, s.fixed_depth) != (old.stride, old.fixed_depth):
-                out.append(f"block {i}: stride {s.stride} instead of {old.stride}")
+            for field in ("stride", "fixed_depth"):
+                if getattr(s, field) != getattr(old, field):
+                    out.append(f"block {i}: {field} {getattr(s, field)} instead of {getattr(old, field)}")
             for field, (values, value) in zip(FIELDS, _picked(choices, s), strict=True):
                 if value not in values:
                     known = ", ".join(str(getattr(v, "name", v)) for v in values)
@@ -159,7 +160,7 @@ class Space:
         """What tells spaces apart, for a file: the reference's topology and numerics and all choices."""
         return {
             "reference": self.reference.to_json(),
-            "blocks": [[[getattr(v, "name", v) for v in values] for values in choices.table] for choices in self.blocks],
+            "blocks": [[[asdict(v) if isinstance(v, Op) else v for v in values] for values in choices.table] for choices in self.blocks],
         }
 
 

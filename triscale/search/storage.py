@@ -13,7 +13,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,8 +21,6 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateF
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation  # the journal's own numbers of what a line does
-
-from triscale.files import lock
 
 PATIENCE = 600.0  # seconds that a storage may be away
 # SQLAlchemy's own choice for a bare postgresql:// and mysql:// are drivers that have to be compiled
@@ -45,9 +43,26 @@ class Journal(JournalFileBackend):
         path.parent.mkdir(parents=True, exist_ok=True)
         super().__init__(str(path))
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The system's lock; where there is none (Windows, some network file systems) Optuna's, which a killed process keeps for a while."""
+        with open(f"{self._file_path}.flock", "w") as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except (ImportError, OSError):
+                self._lock.acquire()
+                try:
+                    yield
+                finally:
+                    self._lock.release()
+                return
+            yield
+
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with lock(Path(self._file_path)), open(self._file_path, "r+b", buffering=0) as file:
+        with self._locked(), open(self._file_path, "r+b", buffering=0) as file:
             _cut_torn_line(file)
             end = file.seek(0, os.SEEK_END)
             try:
@@ -106,8 +121,10 @@ def _patiently(name: str) -> Callable[..., Any]:
                     return True
                 raise
             except Exception as error:
-                if not _is_away(error) or time.monotonic() + wait > deadline:
+                if not _is_away(error):
                     raise
+                if time.monotonic() + wait > deadline:
+                    raise StorageError(f"the study's storage stayed away for {self.patience:g} s: {_reason(error)}") from None
                 if not tries:
                     self.tell(f"the study's storage doesn't answer ({_reason(error)}); trying again for {self.patience:g} s")
                 time.sleep(wait)
@@ -197,7 +214,7 @@ def _redis(url: str) -> BaseStorage:
 
 
 def hide_password(url: str) -> str:
-    return re.sub(r"(//[^:/@]*):[^@]*@", r"\1:***@", url)
+    return re.sub(r"(//[^:/@]*):[^/]*@", r"\1:***@", url)
 
 
 def _reason(error: BaseException) -> str:

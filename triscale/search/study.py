@@ -27,7 +27,9 @@ from triscale.search.trials import counts, fixed, record_of, trial_of
 
 # Attributes: of the study, and of its trials. LOST: its worker ended, it is begun again; NEEDLESS: it isn't, another does for it.
 IDENTITY, WORKER, RESULT, LOST, NEEDLESS, RETRY_OF, FIRST = "identity", "worker", "result", "lost", "needless", "retry of", "first"
+EXHAUSTED = "exhausted"  # begun often enough: fails with this reason
 GIVEN_BACK = "given back: its worker was stopped"
+UNBORN = 3  # processes that end before they have the score
 ALIKE = 5  # trials that fail one after the other, with none complete, before the search is given up
 
 
@@ -55,7 +57,7 @@ class Search:
         self.study = _join(problem, sampler, running, storage, name, about or {})
         self._alive = Liveness(self.study, running.alive_after)
         self._open: dict[int, _Open] = {}
-        self._failures = 0
+        self._failures = self._unborn = 0
         self._steps: int = getattr(score, "steps", 0)  # values that a whole score has, where that is known
         self._looked = -1e9
         self._waited = False
@@ -64,6 +66,14 @@ class Search:
     @property
     def wanted(self) -> int:
         return min(self.running.trials, self.problem.most or self.running.trials)
+
+    def standing(self, shown: int) -> tuple[int, list[Trial]]:
+        """How many trials of all workers have ended and count, and the best of them."""
+        ended = [t for t in self._trials() if t.state.is_finished() and counts(t)]
+        complete = [t for t in ended if t.state == TrialState.COMPLETE and RESULT in t.user_attrs]
+        worth = {t.number: self.problem.worth(t.user_attrs[RESULT]["scores"][-1], t.user_attrs[RESULT]["costs"]) for t in complete}
+        best = sorted(complete, key=lambda t: (-worth[t.number], t.number))[:shown]
+        return len(ended), [trial_of(self.problem, t) for t in best]
 
     def record(self, settings: Mapping[str, str] | None = None, importance: Mapping[str, float] | None = None) -> Record:
         """The study as it stands."""
@@ -122,12 +132,13 @@ class Search:
             waiting = any(t.state == TrialState.WAITING for t in trials[self._settled :])
             if not waiting and self._counted(trials) >= self.wanted:
                 return None
-            trial = self.study.ask(self.problem.distributions)
-            trial.set_user_attr(WORKER, self._alive.card)
-            needless = self._needless(trial.number)
-            if not needless:
-                return trial
-            self._drop(trial._trial_id, needless, NEEDLESS)
+            with contextlib.suppress(UpdateFinishedTrialError):  # it took so long that others gave it up
+                trial = self.study.ask(self.problem.distributions)
+                trial.set_user_attr(WORKER, self._alive.card)
+                needless = self._needless(trial.number)
+                if not needless:
+                    return trial
+                self._drop(trial._trial_id, needless, NEEDLESS)
 
     def _counted(self, trials: list[FrozenTrial]) -> int:
         """How many of these trials, all from the first on, count. What leads and has ended is counted once."""
@@ -140,55 +151,97 @@ class Search:
         """Why a trial of this number isn't to be done: workers that ask at one time may begin more than are wanted, or one twice.
         Of two the lower number is the one that counts, whoever looks."""
         trials = self._trials()
-        this = trials[number]
         if self._counted(trials[:number]) >= self.wanted:
             return "more trials than are wanted"
+        this = trials[number]
         if not (self.problem.unique or RETRY_OF in this.user_attrs or FIRST in this.user_attrs):
             return ""
+        if self.problem.unique:
+            trials = self._all_known(number)
         for t in filter(counts, trials[:number]):
-            twin = this.user_attrs.get(RETRY_OF) == t.user_attrs.get(RETRY_OF, -1) or (this.user_attrs.get(FIRST) and t.user_attrs.get(FIRST))
-            if twin or (self.problem.unique and fixed(t) == this.params):
+            retries = RETRY_OF in this.user_attrs and _root(this, trials) == _root(t, trials)
+            both_first = FIRST in this.user_attrs and FIRST in t.user_attrs
+            if retries or both_first or (self.problem.unique and fixed(t) == this.params):
                 return f"the same as trial {t.number}"
         return ""
 
+    def _all_known(self, number: int) -> list[FrozenTrial]:
+        """The trials, when those before this one have their parameters, or after a while: a worker that ended there leaves none."""
+        deadline = time.monotonic() + 5
+        while True:
+            trials = self._trials()
+            beginning = [
+                t for t in trials[:number] if t.state == TrialState.RUNNING and counts(t) and len(t.params) < len(self.problem.distributions)
+            ]
+            if not beginning or time.monotonic() > deadline:
+                return trials
+            time.sleep(0.01)
+
     def _start(self, trial: optuna.Trial, at_work: Any) -> Iterator[Event]:
-        arch = self.problem.arch(trial.params)
-        self._open[trial.number] = _Open(trial, arch, self.problem.costs(arch))
-        yield Began(self._trial(trial.number))
+        number, arch = trial.number, self.problem.arch(trial.params)
+        self._open[number] = o = _Open(trial, arch)
+        if why := trial.user_attrs.get(EXHAUSTED):
+            yield from self._end(number, TrialState.FAIL, why)
+            return
+        try:
+            o.costs = self.problem.costs(arch)
+        except Exception as error:  # whatever a measure of latency may raise
+            yield from self._fail(number, f"its cost can't be told: {type(error).__name__}: {error}"[:300])
+            return
+        yield Began(self._trial(number))
         known = self._peek(arch) if self._peek else None
         if known is None:
-            at_work.begin(trial.number, arch)
+            at_work.begin(number, arch)
             return
-        self._open[trial.number].cached = True
-        for value in known:
-            yield from self._report(trial.number, value)
-        yield from self._complete(trial.number, 0.0)
+        o.cached = True
+        try:
+            for value in known:
+                yield from self._report(number, value)
+        except (ValueError, ArithmeticError) as error:
+            yield from self._fail(number, str(error))
+            return
+        yield from self._complete(number, 0.0)
 
     def _heed(self, message: Message, at_work: Any) -> Iterator[Event]:
         number = message.number
         if isinstance(message, Scored):
-            yield from self._report(number, message.value)
-            if self._prune(number):
+            try:
+                yield from self._report(number, message.value)
+                stop = self._prune(number)
+            except (ValueError, ArithmeticError) as error:  # a score that the objective can't weigh
                 at_work.stop(number)
-                yield from self._end(number, TrialState.PRUNED, "below the others at this epoch")
+                yield from self._fail(number, str(error))
+            except UpdateFinishedTrialError:
+                at_work.stop(number)
+                yield self._taken(number)
             else:
-                at_work.go_on(number)
+                if stop:
+                    at_work.stop(number)
+                    yield from self._end(number, TrialState.PRUNED, "below the others at this epoch")
+                else:
+                    at_work.go_on(number)
         elif isinstance(message, Finished):
             yield from self._complete(number, message.seconds)
         elif isinstance(message, Failed):
             self._open[number].trace = message.trace
-            yield from self._end(number, TrialState.FAIL, message.why)
-            self._failures += 1
-            if self._failures >= ALIKE:
-                raise SearchError(f"the first {ALIKE} trials all failed; the last: {message.why}")
+            yield from self._fail(number, message.why)
         else:
             yield from self._died(message)
 
+    def _fail(self, number: int, why: str) -> Iterator[Event]:
+        """Raises SearchError where the first trials of the study have all failed: so will the others."""
+        yield from self._end(number, TrialState.FAIL, why)
+        self._failures += 1
+        if self._failures >= ALIKE and not any(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in self._trials()):
+            raise SearchError(f"the first {ALIKE} trials all failed; the last: {why}")
+
     def _report(self, number: int, score: float) -> Iterator[Event]:
+        """Raises ValueError for a score that the objective can't weigh."""
         o = self._open[number]
+        worth = self.problem.worth(score, o.costs)
         o.scores.append(score)
         if len(self.problem.directions) == 1 and self.running.pruner != "none":
-            o.trial.report(self.problem.values(score, o.costs)[0], len(o.scores))
+            o.trial.report(worth, len(o.scores))
         yield Reported(number, len(o.scores), score)
 
     def _prune(self, number: int) -> bool:
@@ -200,7 +253,6 @@ class Search:
     def _complete(self, number: int, seconds: float) -> Iterator[Event]:
         o = self._open[number]
         o.seconds = seconds
-        self._failures = -(1 << 30)
         yield from self._end(number, TrialState.COMPLETE, "", self.problem.values(o.scores[-1], o.costs))
 
     def _end(self, number: int, state: TrialState, why: str, values: tuple[float, ...] | None = None) -> Iterator[Event]:
@@ -209,24 +261,27 @@ class Search:
         try:
             o.trial.set_user_attr(RESULT, o.result(why))
             self.study.tell(number, values, state)
-        except (UpdateFinishedTrialError, ValueError) as error:
-            if not self._ended(number):
+        except (UpdateFinishedTrialError, ValueError):
+            if not self._trials()[number].state.is_finished():
                 raise
-            del self._open[number]
-            yield Told(f"trial {number}: taken from this worker, which had given no sign; its score isn't used ({str(error)[:80]})")
+            yield self._taken(number)
             return
         del self._open[number]
         yield Ended(self._trial(number))
 
-    def _ended(self, number: int) -> bool:
-        return self._trials()[number].state.is_finished()
+    def _taken(self, number: int) -> Told:
+        del self._open[number]
+        return Told(f"trial {number}: taken from this worker, which had given no sign; its score isn't used", number)
 
     def _died(self, message: Died) -> Iterator[Event]:
-        """The process that scored a network ended: it may have been anyone's fault, so the trial is begun again, but not for ever."""
+        """The process that scored it ended: it may have been anyone's fault, so the trial is begun again, but not for ever."""
         o = self._open.pop(message.number)
         self._drop(o.trial._trial_id, message.why)
-        yield Told(f"trial {message.number}: {message.why}")
+        yield Told(f"trial {message.number}: {message.why}", message.number)
         self._looked = -1e9
+        self._unborn = 0 if message.loaded else self._unborn + 1
+        if self._unborn >= UNBORN:
+            raise SearchError(f"{UNBORN} processes ended before they had the score; a script that searches needs: if __name__ == '__main__'")
 
     def _bury(self) -> Iterator[Event]:
         """Takes up the trials of workers that live no more, every few seconds."""
@@ -242,32 +297,29 @@ class Search:
             alive = self._alive.lives(card, signs) if card else self._alive.changes(f"trial {t.number}", len(t.params))
             if not alive or LOST in t.user_attrs:
                 self._drop(t._trial_id, t.user_attrs.get(LOST, "its worker ended"))
-                yield Told(f"trial {t.number}: its worker has ended; it is begun again")
+                again = "; it is begun again" if self._wish(t) else " before it was known what it would be"
+                yield Told(f"trial {t.number}: its worker has ended{again}")
         trials = self._trials()
         retried = {t.user_attrs[RETRY_OF] for t in trials if RETRY_OF in t.user_attrs}
         for t in trials:
-            if t.state == TrialState.FAIL and LOST in t.user_attrs and t.params and t.number not in retried:
-                yield from self._again(t, trials)
+            if t.state == TrialState.FAIL and LOST in t.user_attrs and t.number not in retried and self._wish(t):
+                self._again(t, trials)
 
-    def _again(self, lost: FrozenTrial, trials: list[FrozenTrial]) -> Iterator[Event]:
-        """Puts a lost trial's network in line again, or has it failed where that was done often enough."""
-        chain = [lost]
-        while RETRY_OF in chain[-1].user_attrs:
-            chain.append(trials[chain[-1].user_attrs[RETRY_OF]])
+    def _wish(self, t: FrozenTrial) -> dict[str, Any]:
+        """The parameters that a lost trial was to have; {} where they aren't all known."""
+        wish = fixed(t)
+        return wish if len(wish) >= len(self.problem.distributions) else {}
+
+    def _again(self, lost: FrozenTrial, trials: list[FrozenTrial]) -> None:
+        """Puts a lost trial's network in line again, if need be to fail. Several workers may; of equals the first counts."""
+        chain = _chain(lost, trials)
         attempts = sum(t.user_attrs[LOST] != GIVEN_BACK for t in chain)
         attrs: dict[str, Any] = {RETRY_OF: lost.number}
         if FIRST in lost.user_attrs:
             attrs[FIRST] = True
-        if attempts < self.running.attempts:
-            self.study.enqueue_trial(lost.params, user_attrs=attrs)
-            return
-        why = f"begun {attempts} times; the last time {lost.user_attrs[LOST]}"
-        attrs[RESULT] = {"why": why, "costs": {}, "scores": [], "seconds": 0.0, "cached": False}
-        with quiet():
-            self.study.add_trial(
-                optuna.trial.create_trial(state=TrialState.FAIL, params=lost.params, distributions=lost.distributions, user_attrs=attrs)
-            )
-        yield Ended(trial_of(self.problem, self._trials()[-1]))
+        if attempts >= self.running.attempts:
+            attrs[EXHAUSTED] = f"begun {attempts} times; the last time {lost.user_attrs[LOST]}"
+        self.study.enqueue_trial(self._wish(lost), user_attrs=attrs)
 
     def _drop(self, trial_id: int, why: str, kind: str = LOST) -> None:
         """Ends a trial that isn't to count. Another worker may be doing the same."""
@@ -276,9 +328,12 @@ class Search:
             self.study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def _give_back(self) -> None:
-        """What has not ended is begun again by another, or when the study is gone on with."""
+        """What has not ended is begun again by another, or when the study is gone on with. Tried once: that the worker has ended shows."""
+        storage = getattr(self.study._storage, "inner", self.study._storage)
         for o in self._open.values():
-            self._drop(o.trial._trial_id, GIVEN_BACK)
+            with contextlib.suppress(Exception):
+                storage.set_trial_user_attr(o.trial._trial_id, LOST, GIVEN_BACK)
+                storage.set_trial_state_values(o.trial._trial_id, TrialState.FAIL)
         self._open.clear()
 
     def _done(self) -> bool:
@@ -299,9 +354,9 @@ class Search:
 class _Open:
     """A trial that this worker has begun."""
 
-    def __init__(self, trial: optuna.Trial, arch: Arch, costs: dict[str, float]) -> None:
-        self.trial, self.arch, self.costs = trial, arch, costs
-        self.scores: list[float] = []
+    def __init__(self, trial: optuna.Trial, arch: Arch) -> None:
+        self.trial, self.arch = trial, arch
+        self.costs, self.scores = dict[str, float](), list[float]()
         self.cached, self.seconds, self.trace = False, 0.0, ""
         self.began = time.perf_counter()
 
@@ -309,6 +364,18 @@ class _Open:
         seconds = self.seconds or (0.0 if self.cached else time.perf_counter() - self.began)
         out: dict[str, Any] = {"why": why, "costs": self.costs, "scores": self.scores, "seconds": seconds, "cached": self.cached}
         return {**out, "trace": self.trace[-4000:]} if self.trace else out
+
+
+def _chain(t: FrozenTrial, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """A trial and those that it is a retry of, the first one last."""
+    chain = [t]
+    while RETRY_OF in chain[-1].user_attrs:
+        chain.append(trials[chain[-1].user_attrs[RETRY_OF]])
+    return chain
+
+
+def _root(t: FrozenTrial, trials: list[FrozenTrial]) -> int:
+    return _chain(t, trials)[-1].number
 
 
 def _join(
@@ -339,9 +406,9 @@ def identity(storage: BaseStorage, name: str) -> dict[str, Any]:
 
 
 def pruner(name: str) -> optuna.pruners.BasePruner:
-    """median: from the second value on, once five trials have ended; asha: successive halving, a third goes on at each rung."""
+    """median: from the first value on, once five trials have ended; asha: successive halving, a third goes on at each rung."""
     if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
     return optuna.pruners.NopPruner()

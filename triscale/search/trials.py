@@ -26,8 +26,8 @@ def counts(t: FrozenTrial) -> bool:
 
 
 def fixed(t: FrozenTrial) -> dict[str, Any]:
-    """A trial's parameters, those that it will have where it waits."""
-    return t.params or dict(t.system_attrs.get("fixed_params", {}))
+    """A trial's parameters, those that it shall have where they were given; a worker may have ended before it had them all."""
+    return dict(t.system_attrs.get("fixed_params") or t.params)
 
 
 def trial_of(problem: Problem, t: FrozenTrial, known: Mapping[str, Any] | None = None) -> Trial:

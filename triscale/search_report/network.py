@@ -157,7 +157,7 @@ def _importance(record: Record, plots: dict[str, Any]) -> dict[str, Any]:
     if not record.importance:
         return {"title": title, "intro": ["Not known."]}
     count = len(ranked(record))
-    texts = ["How much of the variance of the value each decision explains among the trials of this search; it says nothing of the direction."]
+    texts = ["How much each decision sets the best tenth of the scored networks apart from the rest (PED-ANOVA); it says nothing of the direction."]
     if count < FEW:
         texts.append(f"With {count:,} scored networks for {len(record.importance)} decisions these shares are mostly noise.")
     if rest:

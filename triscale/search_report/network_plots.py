@@ -169,7 +169,7 @@ def _target(axes: Any, record: Record, best: Trial) -> None:
     kind, target = record.target or ("", 0.0)
     axes.axvline(target, color=DARK, linestyle=":", linewidth=1.4)
     axes.annotate(
-        f"target {amount(kind, target)}", (target, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", fontsize=9
+        f" target {amount(kind, target)}", (target, 0), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha="left", fontsize=9
     )
     (low, high), (bottom, top) = map(float, axes.get_xlim()), axes.get_ylim()
     if known(best.value) and low > 0:  # on a logarithmic axis it always is
@@ -182,7 +182,7 @@ def _target(axes: Any, record: Record, best: Trial) -> None:
 
 
 def importance(record: Record) -> Any | None:
-    """A Figure: shares of the variance, decisions of each block as shades, sums by kind above and by block beside. None where not known."""
+    """A Figure: shares of the importance, decisions of each block as shades, sums by kind above and by block beside. None where not known."""
     rows, _ = importance_grid(record)
     if not any(any(row) for row in rows):
         return None
@@ -205,7 +205,7 @@ def importance(record: Record) -> Any | None:
         beside.text(share, i, f" {_percent(share)}", va="center", fontsize=9)
     above.bar(range(len(kinds)), kinds, color="#8a8a8a", width=0.6)
     beside.barh(range(len(blocks)), blocks, color="#8a8a8a", height=0.6)
-    above.set_title("share of the variance of the value, %: by kind of decision", loc="left", fontsize=10)
+    above.set_title("share of what sets the best tenth apart, %: by kind of decision", loc="left", fontsize=10)
     beside.set_title("by block", loc="left", fontsize=10)
     above.set_ylim(0, 1.3 * max(kinds))
     beside.set_xlim(0, 1.3 * max(blocks))
