@@ -102,6 +102,26 @@ def test_one_update_by_hand():
     assert logp[0] - logp[1] == pytest.approx(2 * rate * (1 + h.abs().sum().item()), rel=1e-3)
 
 
+def test_the_probability_at_the_draw_counts_not_todays():
+    """Drawn as unlikely, now likely: the ratio of the better point stands above 1 + clip, where nothing is gained by more of it. Were the
+    ratio taken against today's probabilities, it would be 1 and the point made more likely still."""
+    controller = Controller((2,), PPO(hidden=4, batch=2, epochs=1, rate=1e-3, entropy=0.0))
+    now = controller.policy(torch.tensor([[0], [1]]))[0].tolist()
+    controller.learn([Outcome((0,), 7.0, now[0] - 1), Outcome((1,), 3.0, now[1] + 1)])  # ratios e and 1/e, advantages 1 and -1
+    after = controller.policy(torch.tensor([[0], [1]]))[0].tolist()
+    assert after == pytest.approx(now, abs=1e-7)
+    fresh = Controller((2,), PPO(hidden=4, batch=2, epochs=1, rate=1e-3, entropy=0.0))
+    fresh.learn([Outcome((0,), 7.0, now[0]), Outcome((1,), 3.0, now[1])])
+    assert fresh.policy(torch.tensor([[0]]))[0].item() > now[0] + 1e-4
+
+
+def test_a_flat_first_batch_does_not_blow_up_the_next():
+    baseline = Baseline(0.8)
+    assert baseline.advantages([0.1] * 10) == [0.0] * 10
+    assert max(map(abs, baseline.advantages([0.1] * 5 + [0.3] * 5))) < 2.001
+    assert max(map(abs, Baseline(0.8, 1.0, 1e-6, 1).advantages([5.0, 5.0, 5.1]))) <= 10
+
+
 @pytest.mark.parametrize("entropy", [0.0, 1.0])
 def test_entropy_draws_back_to_even_where_all_values_are_equal(entropy):
     controller = Controller((2,), PPO(hidden=4, batch=2, entropy=entropy))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from triscale.architecture import Arch, Head, Stage, Stem
-from triscale.classify import Data, Evaluated, ProxyScore, prepare, preprocess_for, train_classifier
+from triscale.classify import Data, Evaluated, ProxyScore, prepare, preprocess_for, proxy, train_classifier
 from triscale.classify.proxy import scored
 from triscale.data.datasets import find
 from triscale.data.sources import DataError
@@ -145,6 +145,7 @@ def test_the_fingerprint_knows_what_the_score_depends_on(photos, score, tmp_path
         replace(score, recipe=replace(RECIPE, lr=0.06)),
         replace(score, recipe=replace(RECIPE, seed=4)),
         replace(score, crop_padding=8),
+        *(replace(score, recipe=replace(RECIPE, **{field: value})) for field, value in (("crop_area", 0.5), ("flip", False), ("epochs", 4))),
     ]
     (tmp_path / "train").mkdir()
     for name in COUNTS:
@@ -161,7 +162,9 @@ def test_the_fingerprint_knows_what_the_score_depends_on(photos, score, tmp_path
     assert replace(score, threads=2).fingerprint() == score.fingerprint()
 
 
-def test_it_is_small_when_sent_and_keeps_two_resolutions(score):
+def test_it_is_small_when_sent_and_keeps_as_many_resolutions_as_fit(score, monkeypatch):
+    images = score.trained_images + score.scored_images
+    monkeypatch.setattr(proxy, "KEPT", images * 3 * (17**2 + 18**2))  # two of these
     assert len(pickle.dumps(score)) < 3000
     first = score.images(16)
     score.images(17)
@@ -171,6 +174,36 @@ def test_it_is_small_when_sent_and_keeps_two_resolutions(score):
     score.images(17)
     score.images(18)
     assert score.images(16) is not first
+
+
+def test_other_pictures_under_the_same_names_are_another_data_set(tmp_path):
+    for folder, seed in (("a", 0), ("b", 50), ("c", 0)):
+        for name in ("green", "red"):
+            for k in range(5):
+                picture(tmp_path / folder / "train" / name / f"{k}.png", TINTS[name], k + seed)
+                picture(tmp_path / folder / "test" / name / f"{k}.png", TINTS[name], k)
+    found = {folder: ProxyScore(str(tmp_path / folder), recipe=RECIPE).fingerprint() for folder in "abc"}
+    assert found["a"] == found["c"] != found["b"]
+
+
+def test_equal_pictures_are_once_in_the_batch(tmp_path):
+    for k in range(6):
+        picture(tmp_path / "train" / "red" / f"{k}.png", TINTS["red"], k // 2)
+        picture(tmp_path / "train" / "green" / f"{k}.png", TINTS["green"], 10 + k)
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    batch = ProxyScore(str(tmp_path), recipe=RECIPE, share=0.01).batch(16, 100)
+    assert len(np.unique(batch.numpy().reshape(len(batch), -1), axis=0)) == len(batch) < 10
+
+
+def test_unreadable_pictures_are_left_out_with_random_crops_too(tmp_path):
+    for name in ("green", "red"):
+        for k in range(12):
+            picture(tmp_path / "train" / name / f"{k}.png", TINTS[name], k)
+        (tmp_path / "train" / name / "broken.png").write_bytes(b"no image")
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    score = ProxyScore(str(tmp_path), recipe=replace(RECIPE, epochs=1, crop_area=0.5))
+    with pytest.warns(UserWarning, match="can't be read and are left out"):
+        assert len(list(score(NET))) == score.steps == 1
 
 
 def test_the_batch_is_of_normalised_training_images(photos, score):

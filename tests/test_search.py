@@ -14,8 +14,9 @@ from triscale.cost_model import cost
 from triscale.scaling import Coefficients, ScalingError, compound, scale
 from triscale.search.coding import Coding
 from triscale.search.events import Running, SearchError
-from triscale.search.find import find_coefficients, find_network, front
+from triscale.search.find import Screen, different_first, find_coefficients, find_network, front, network_search
 from triscale.search.grid import GridError, grid, spread
+from triscale.search.importance import importance
 from triscale.search.record import Trial
 from triscale.search.reward import HARD, SOFT, Objective, reward
 from triscale.search.space import FIELDS, Space, SpaceError, mnasnet_space
@@ -181,6 +182,17 @@ def test_a_space_without_choices_is_refused():
 # -- the reward
 
 
+def test_a_negative_score_is_not_weighed():
+    """Half the cost would make it worse."""
+    with pytest.raises(ValueError, match="expected a score from 0"):
+        reward(-0.5, 1.0, 2.0)
+    assert reward(-0.5, 1.0, 2.0, (0.0, 0.0)) == -0.5
+    found = find_network(lambda arch: cost(arch).params / 5e6 - 1, SPACE, Objective("macs", 300e6), seed=3, running=Running(trials=20))
+    for t in found.record.trials:
+        below = cost(t.arch).params < 5e6
+        assert (t.state, t.why[:34]) == (("failed", "reward: expected a score from 0, a") if below else ("complete", ""))
+
+
 @pytest.mark.parametrize(
     ("score", "macs", "target", "exponents", "value"),
     [
@@ -246,6 +258,16 @@ def test_the_coefficient_search_finds_the_best_point_of_the_grid():
     assert max(apart) < best  # the optimum lies inside
 
 
+def test_a_triple_given_twice_is_one_and_one_network_of_two_comes_last():
+    c = Coefficients(1.2, 1.1, 1.15)
+    assert len(find_coefficients(bent, B0, [c, c], running=Running(trials=10)).record.trials) == 1
+    triples = spread(grid())
+    order = different_first(B0, triples)
+    networks = [scale(B0, compound(1, c.alpha, c.beta, c.gamma)) for c in order]
+    assert sorted(order, key=triples.index) == list(triples)
+    assert len(set(networks)) == len(set(networks[:55])) == 55 < 61
+
+
 def test_fewer_trials_than_triples():
     found = find_coefficients(bent, B0, running=Running(trials=12))
     assert [tuple(map(float, t.choices.values())) for t in found.record.trials] == [(c.alpha, c.beta, c.gamma) for c in spread(grid())[:12]]
@@ -288,6 +310,37 @@ def test_the_same_seed_makes_the_same_search():
     runs = [find_network(score, SPACE, sampler="evolution", seed=7, running=Running(trials=30)).record.trials for _ in range(2)]
     assert [t.choices for t in runs[0]] == [t.choices for t in runs[1]]
     assert [t.choices for t in find_network(score, SPACE, seed=8, running=Running(trials=30)).record.trials] != [t.choices for t in runs[0]]
+
+
+def test_a_screen_weighs_the_cost_and_may_raise():
+    objective, seen = Objective("macs", 300e6, HARD), []
+
+    def screen(arch):
+        seen.append(arch)
+        if len(seen) % 3 == 0:
+            raise RuntimeError("no luck")
+        return 1.0
+
+    search = network_search(lambda arch: 0.5, SPACE, objective, sampler="random", screen=Screen(screen, 3), running=Running(trials=6))
+    with pytest.warns(UserWarning, match="prefilter: RuntimeError: no luck"):
+        list(search.events())
+    record = search.record()
+    assert len(record.complete) == 6
+    for i, t in enumerate(record.trials[1:]):  # the first is the reference
+        one, two, _ = (cost(arch).macs for arch in seen[3 * i : 3 * i + 3])
+        assert cost(t.arch).macs == (two if max(one, two) > 300e6 and two < one else one)  # the last one raised; of equals the first
+
+
+def test_what_mattered_is_found():
+    """The score knows the kernel of block 3 and half as much of block 5's squeeze-excitation."""
+    score = lambda arch: 0.5 + 0.2 * (arch.stages[2].kernel == 5) + 0.1 * (arch.stages[4].squeeze > 0)  # noqa: E731
+    search = network_search(score, SPACE, sampler="random", running=Running(trials=300))
+    assert importance(search) == {}
+    list(search.events())
+    found = importance(search)
+    assert sorted(found, key=found.get)[-2:] in (["block 5 squeeze", "block 3 kernel"], ["block 3 kernel", "block 5 squeeze"])
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["block 3 kernel"] + found["block 5 squeeze"] > 0.5
 
 
 def test_what_is_no_search():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,58 @@ def test_the_report_alone_and_another_search_in_its_place(network, work, here): 
     assert refused(here(work, "search", "network", *args, "--out", "colours"), "--out colours", "no search in it")
 
 
+def test_a_folder_goes_on_under_another_name_and_the_newest_is_found(network, work, here, monkeypatch):  # noqa: F811
+    _, _, args = network
+    assert refused(here(work, "search", "network", *args[:-4], "--resume"), "--resume", "no search in runs/search-network-colours-base")
+    assert refused(here(work, "search", "network", *args[:-4], "--report"), "--report", "no search in runs/search-network-colours-base")
+    assert refused(here(work, "search", "network", *args[:-4], "--out", "nowhere", "--report"), "--report: no search in nowhere")
+    assert not (work / "runs").exists()
+    assert not (work / "nowhere").exists()
+    zero = ("--score", "proxy:synflow", "--workers", 0, "--sampler", "random")
+    for trials, more in ((3, ()), (5, ("--resume",))):
+        result = here(work, "search", "network", "colours", *QUICK, *zero, "--trials", trials, *more)
+        assert result.returncode == 0, result.stderr
+        assert "runs/search-network-colours-base/" in result.stdout
+    assert "5 trials, 3 of them done" in result.stdout
+    (work / "runs" / "search-network-colours-base").rename(work / "runs" / "moved")
+    moved = here(work, "search", "network", "colours", *QUICK, *zero, "--trials", 5, "--out", "runs/moved")
+    assert "5 trials, 5 of them done" in moved.stdout
+    shutil.rmtree(work / "runs")
+
+
+def test_a_password_is_not_kept(work, here):  # noqa: F811
+    url = "sqlite:///kept.db"
+    result = here(
+        work, "search", "network", "colours", *QUICK, "--score", "proxy:synflow", "--workers", 0, "--trials", 1, "--out", "db", "--storage", url
+    )
+    assert result.returncode == 0, result.stderr
+    assert url in (work / "db" / "command.txt").read_text()
+    assert refused(here(work, "search", "network", "colours", *QUICK, "--out", "pw", "--storage", "postgresql://me:secret@127.0.0.1:1/x"), "me:***@")
+    assert not (work / "pw").exists()
+    (work / "db" / "command.txt").write_text("")
+
+
+def test_when_nothing_can_be_scored(work, here):  # noqa: F811
+    """Two images a class are too few: one to score on leaves one, and naswot has no kernel of equal pictures."""
+    for name in ("blue", "red"):
+        for part in ("train", "val"):
+            (work / "few" / part / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (32, 32), name).save(work / "few" / part / name / f"{i}.png")
+    result = here(work, "search", "network", "few", *QUICK, "--score", "proxy:naswot", "--workers", 0, "--trials", 9, "--out", "bad", "--macs", "1k")
+    assert result.returncode == 2
+    result = here(
+        work, "search", "network", "colours", *QUICK, "--lr", 1e30, "--clip", 0, "--workers", 0, "--trials", 9, "--out", "bad", "--no-cache"
+    )
+    assert refused_last(result, "first 5 trials all failed")
+    assert len(list((work / "bad" / "failed").glob("*.json"))) == 5
+    assert (work / "bad" / "report.html").exists()
+
+
+def refused_last(result, *words):
+    return result.returncode == 2 and all(word in result.stderr.strip().splitlines()[-1] for word in words)
+
+
 def test_a_known_score_costs_nothing(network, work, here):  # noqa: F811
     """The same search in another folder finds its scores in the cache."""
     _, _, args = network
@@ -220,6 +273,10 @@ def children(pid):
         (("network", "colours", "--timeout", "5s", "--workers", "0"), ("timeout", "workers")),
         (("network", "nowhere"), ("nowhere",)),
         (("network", "colours", "--share", "1.5"), ("share",)),
+        (("network", "colours", "--hard", "--w", "-0.3"), ("--hard and --w",)),
+        (("network", "colours", "--of", "4"), ("--of", "--prefilter")),
+        (("network", "colours", "--sampler", "nsga2", "--pruner", "median"), ("--pruner", "nsga2")),
+        (("network", "colours", "--device", "cuda:9"), ("--device cuda:9",)),
         (("netwrok",), ("search netwrok", "search network")),
     ],
 )

@@ -19,8 +19,8 @@ from triscale.search.grid import grid
 from triscale.search.record import Record, Trial
 from triscale.search.reward import Objective
 from triscale.search.space import mnasnet_space
-from triscale.search_report import facts, plots, render
-from triscale.search_report.network import lead
+from triscale.search_report import facts, network_plots, plots, render
+from triscale.search_report.network import lead, network_page
 
 B0 = ts.arch("efficientnet_b0")
 SPACE = mnasnet_space(B0)
@@ -316,13 +316,31 @@ def test_what_is_not_better_than_the_reference_or_not_surely_is_said(record, who
     assert said(replace(record, reference_score=0.9)).endswith(f"No network found is better than the reference, whose value is {0.9 * factor:.4f}.")
     near = replace(record, reference_score=(best.value - 0.0051) / factor)
     assert said(near).endswith(
-        f"That is 0.0051 more value than the reference's {best.value - 0.0051:.4f}; on 2,000 scored images the two scores can't be told apart."
+        f"That is 0.0051 more value than the reference's {best.value - 0.0051:.4f}; on 2,000 scored images the two can't be told apart."
     )
     assert "told apart" not in said(record)
     assert "told apart" not in said(replace(near, settings={}))
-    error = math.sqrt(best.score * (1 - best.score) / 2000)
-    others = sum(best.score - t.score <= 2 * math.hypot(error, math.sqrt(t.score * (1 - t.score) / 2000)) for t in record.complete if t is not best)
-    assert f"standard error of about {error:.4f}: {others} of the 39 others lie within 2" in whole.text
+    error = lambda t: math.sqrt(t.score * (1 - t.score) / 2000)  # noqa: E731
+    factors = {t.number: (t.cost["macs"] / T) ** -0.07 for t in record.complete}  # of a value, and so of its error
+    near = [
+        t for t in record.complete
+        if t is not best and best.value - t.value <= 2 * math.hypot(error(best) * factors[best.number], error(t) * factors[t.number])
+    ]  # fmt: skip
+    assert f"standard error of about {error(best):.4f}: the values of {len(near)} of the 39 others lie within 2" in whole.text
+    alone = replace(record, trials=(best, replace(near[0], score=best.score - 0.2, value=(best.score - 0.2) * factors[near[0].number])))
+    assert "no other network's value lies within 2 standard errors" in str(network_page(alone, CLASSES, 3))
+    assert "but the best of 40 noisy scores is on average too high" in said(replace(record, reference_score=best.value / factor - 0.2))
+
+
+def test_the_line_of_equal_worth_goes_through_the_best_and_rises_with_the_cost(record):
+    """Twice the cost needs 2^0.07 times the score."""
+    figure = network_plots.pareto(record, facts.reference(record, CLASSES, 3))
+    best = max(record.complete, key=lambda t: t.value)
+    (line,) = [line for line in figure.axes[0].lines if line.get_label() == "as much worth as the best"]
+    x, y = line.get_data()
+    at = lambda cost: float(np.interp(cost, x, y))  # noqa: E731
+    assert at(best.cost["macs"]) == pytest.approx(best.score, rel=1e-3)
+    assert at(1.25 * T) / at(T) == pytest.approx(1.25**0.07, rel=1e-3)
 
 
 def test_the_references_score_and_latency_come_from_a_trial_of_the_same_network():

@@ -1,8 +1,10 @@
 """Studies that are killed, shared, refused; scores that fail. Real processes, a real journal and a real PostgreSQL."""
 
 import json
+import multiprocessing
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -21,8 +23,11 @@ from triscale.search.events import Began, Ended, Reported, Running, SearchError,
 from triscale.search.find import Place, coefficient_search, network_search, result
 from triscale.search.grid import grid
 from triscale.search.liveness import began, machine
+from triscale.search.reward import Objective
+from triscale.search.scoring import Finished, Processes, Scored
 from triscale.search.space import mnasnet_space
-from triscale.search.storage import StorageError, hide_password, open_storage
+from triscale.search.storage import Journal, StorageError, hide_password, open_storage
+from triscale.search.study import Search
 
 TESTS = Path(__file__).parent
 SPACE = mnasnet_space(ts.arch("efficientnet_b0"))
@@ -73,6 +78,62 @@ def test_killed_in_the_middle_of_trials_nothing_is_lost_or_counted_twice(tmp_pat
     assert 1 <= len(lost) <= 3
     assert all(key(t.arch) in done for t in lost)  # what was lost was done later
     assert carry_out(search(Logged(str(log)), Running(10), storage))[1] == []  # nothing is left to do
+
+
+def killed_at(write, storage, log):
+    """A search in a process of its own that is killed before its journal's line of this number."""
+
+    def run():
+        append, count = Journal.append_logs, [0]
+
+        def dying(self, logs):
+            count[0] += 1
+            if count[0] == write:
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(self, logs)
+
+        Journal.append_logs = dying
+        carry_out(search(Logged(str(log)), Running(1), storage))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def test_killed_before_every_line_of_the_journal_the_reference_stays_what_it_is(tmp_path):
+    """From the study's first line to its last."""
+    write = 1
+    while True:
+        storage, log = tmp_path / f"{write}.journal", tmp_path / f"{write}.log"
+        died = killed_at(write, storage, log)
+        finished = search(Logged(str(log)), Running(1, alive_after=1), storage)
+        carry_out(finished)
+        record = finished.record()
+        assert len(record.complete) == 1, write
+        assert record.reference_score == cost(ts.arch("efficientnet_b0")).macs / 1e9, write
+        ended = Counter(line["key"] for line in lines(log) if line["what"] == "ended")
+        assert set(ended) == {key(t.arch) for t in record.complete}, write  # killed between its end and its line, a score is made again
+        if not died:
+            break
+        write += 1
+    assert write > 14
+
+
+def test_three_processes_on_a_grid_do_each_triple_once(tmp_path):
+    def run():
+        list(
+            coefficient_search(lambda arch: 1.0, ts.arch("efficientnet_b0"), grid(), running=Running(100), place=Place(tmp_path / "j", "t")).events()
+        )
+
+    processes = [multiprocessing.get_context("fork").Process(target=run) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    record = coefficient_search(lambda arch: 1.0, ts.arch("efficientnet_b0"), grid(), place=Place(tmp_path / "j", "t")).record()
+    assert len(record.complete) == len({tuple(t.choices.values()) for t in record.complete}) == 61
 
 
 def test_a_torn_line_in_the_journal_is_cut_off(tmp_path):
@@ -167,6 +228,23 @@ def test_a_worker_killed_beside_another_loses_only_its_trial(postgres, tmp_path)
     check_whole(record, log, 4)
 
 
+def test_a_storage_that_stays_away_ends_the_search_soon(postgres):
+    url = postgres.database("away")
+    storage = open_storage(url, patience=1.0)
+    problem = network_search(learning, SPACE, running=Running(3)).problem
+    lasting = Search(problem, learning, optuna.samplers.RandomSampler(), Running(50), storage=storage)
+    events = lasting.events()
+    assert isinstance(next(events), Began)
+    postgres.stop()
+    began_at = time.monotonic()
+    try:
+        with pytest.raises(StorageError, match="the study's storage stayed away for 1 s: "):
+            list(events)
+        assert time.monotonic() - began_at < 30  # giving the trial back isn't waited for
+    finally:
+        postgres.start()
+
+
 def test_a_worker_that_is_stopped_and_comes_back(tmp_path):
     """Others take its trial; what it then gives for that isn't used, and it goes on."""
     storage, log = tmp_path / "study.journal", tmp_path / "log"
@@ -257,6 +335,59 @@ def test_a_score_that_hangs_fails_its_trial_alone():
     assert len(record.complete) == 8 - len(stuck)
 
 
+def test_a_cost_that_cannot_be_told_fails_its_trial_alone():
+    def measure(arch):
+        if cost(arch).params // 8 % 3 == 0:
+            raise OSError("no timer")
+        return 0.01
+
+    objective = Objective("latency", 0.02, measure=measure)
+    record, _ = carry_out(network_search(lambda arch: 0.5, SPACE, objective, sampler="random", seed=1, running=Running(8)))
+    bad = [t for t in record.trials if cost(t.arch).params // 8 % 3 == 0]
+    assert bad
+    assert all((t.state, t.why) == ("failed", "its cost can't be told: OSError: no timer") for t in bad)
+    assert len(record.complete) == 8 - len(bad)
+
+
+def test_time_that_the_search_takes_is_not_the_scores():
+    """Between a value and its answer the clock stands still."""
+    processes = Processes(learning, 1, 0.6)
+    processes.begin(0, ts.arch("efficientnet_b0"))
+    values, last = [], None
+    while not isinstance(last, Finished):
+        for last in processes.messages(5.0):
+            if isinstance(last, Scored):
+                values.append(last.value)
+                time.sleep(0.4)
+                processes.go_on(0)
+    processes.close()
+    assert values == list(learning(ts.arch("efficientnet_b0")))
+
+
+def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path):
+    script = """
+import triscale as ts
+from search_scores import hanging
+from triscale.search import Running, find_network, mnasnet_space
+find_network(hanging, mnasnet_space(ts.arch("efficientnet_b0")), running=Running(trials=5, workers=1))
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TESTS)})
+    assert done.returncode == 1
+    assert "3 processes ended before they had the score; a script that searches needs: if __name__ == '__main__'" in done.stderr
+
+
+def test_pruning_goes_by_the_reward_not_by_the_score():
+    """All learn alike; what costs more is worth less."""
+    flat = lambda arch: iter([0.4, 0.5, 0.6])  # noqa: E731
+    objective = Objective("macs", 300e6, (-1.0, -1.0))
+    record, _ = carry_out(network_search(flat, SPACE, objective, sampler="random", seed=2, running=Running(30, pruner="median")))
+    pruned = [t for t in record.trials if t.state == "pruned"]
+    assert pruned  # by the scores, which are all equal, none would be
+    assert min(t.cost["macs"] for t in pruned) > min(t.cost["macs"] for t in record.complete)
+    assert statistics.mean(t.cost["macs"] for t in pruned) > 1.2 * statistics.mean(t.cost["macs"] for t in record.complete)
+
+
 def test_a_search_whose_every_trial_fails_is_given_up():
     def broken(arch):
         raise ValueError("no images")
@@ -323,6 +454,7 @@ def test_a_file_that_is_no_journal(tmp_path):
 def test_passwords_are_hidden():
     assert hide_password("mysql://a:b@c/d") == "mysql://a:***@c/d"
     assert hide_password("redis://:pw@c") == "redis://:***@c"
+    assert hide_password("--storage 'mysql://a:b@b@c/d?e=f@g'") == "--storage 'mysql://a:***@c/d?e=f@g'"
     assert hide_password("postgresql://a@c/d") == "postgresql://a@c/d"
 
 

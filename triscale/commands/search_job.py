@@ -197,6 +197,8 @@ class Job:
                 begun.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     self.out.rmdir()
+                    if self.asked.out is None:
+                        self.out.parent.rmdir()
             elif isinstance(error, SearchError):
                 raise SearchError(f"{error}. It was begun with: {begun.read_text(encoding='utf-8').strip()}") from None
             raise
@@ -213,7 +215,10 @@ class Job:
 
             self._describe(search)
             again = f"the same command with --out {self.out} goes on"
-            interim = lambda: render(search.record(settings), self.out, *self.counted)  # noqa: E731 - importance would take long
+
+            def interim() -> None:
+                render(search.record(settings), self.out, *self.counted)  # without importance, which would take long
+
             try:
                 follow(search, again, interim)
             except SearchError:

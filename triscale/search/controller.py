@@ -71,7 +71,7 @@ class Baseline:
         spread = math.sqrt(sum((v - self.mean) ** 2 for v in values) / len(values))
         if not self.updates:
             self.spread = spread
-        by = max(self.spread, spread)
+        by = max(self.spread, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values)))
         flat = by <= 1e-9 * max(abs(self.mean), abs(mean))  # rounding
         out = [0.0 if flat else min(max((v - self.mean) / by, -MOST), MOST) for v in values]
         self.mean = self.decay * self.mean + (1 - self.decay) * mean

@@ -18,6 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from triscale.architecture import Arch
+from triscale.naming import unknown
 from triscale.scaling import Coefficients, compound, scale
 from triscale.search.coding import Coding
 from triscale.search.events import Event, Running, Score, SearchError
@@ -25,7 +26,7 @@ from triscale.search.grid import grid, spread
 from triscale.search.problem import CoefficientProblem, NetworkProblem
 from triscale.search.record import Record, Trial
 from triscale.search.reward import Objective
-from triscale.search.samplers import Prefiltered
+from triscale.search.samplers import SAMPLERS, Prefiltered
 from triscale.search.samplers import sampler as make
 from triscale.search.space import Space
 from triscale.search.storage import open_storage
@@ -161,6 +162,8 @@ def network_search(
 ) -> Search:
     """The search itself, for its events. seed: of the sampler; None: another each time. tell: is told when the storage goes away."""
     where, running = place or Place(), running or Running()
+    if sampler not in SAMPLERS:  # before the storage makes a file
+        raise unknown("sampler", sampler, SAMPLERS)
     pareto = sampler == "nsga2"
     if pareto and objective is None:
         raise SearchError("sampler nsga2: it looks for the front of score and cost; an objective says what the cost is")

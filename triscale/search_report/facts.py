@@ -147,6 +147,16 @@ def told_apart(a: float | None, b: float | None, n: int | None) -> bool | None:
     return abs(a - b) > CERTAIN * math.hypot(first, second)
 
 
+def values_apart(record: Record, a: Network, b: Network) -> bool | None:
+    """The same of two values: each is a score times a factor that the cost makes, and so is its standard error."""
+    n = images(record)
+    errors = [standard_error(side.score, n) for side in (a, b)]
+    if a.value is None or b.value is None or not a.score or not b.score or errors[0] is None or errors[1] is None:
+        return None
+    first, second = errors[0] * a.value / a.score, errors[1] * b.value / b.score
+    return abs(a.value - b.value) > CERTAIN * math.hypot(first, second)
+
+
 def triples(record: Record) -> tuple[Triple, ...]:
     """The trials whose three coefficients can be read: the ranked first, then the others by number."""
     first = ranked(record)

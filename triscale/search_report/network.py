@@ -24,8 +24,8 @@ from triscale.search_report.facts import (
     ranked,
     reference,
     standard_error,
-    told_apart,
     value_of,
+    values_apart,
 )
 from triscale.search_report.parts import cell, drawn, learning_curves, progress, reasons, row, settings, table, trials, why_none
 from triscale.text import printable
@@ -83,8 +83,11 @@ def _verdict(record: Record, side: Network) -> str:
     if ahead <= 0:
         return f"No network found is better than the reference, whose value is {number(side.value)}."
     text = f"That is {number(ahead)} more value than the reference's {number(side.value)}"
-    if n and told_apart(best.score, side.score, n) is False:
-        return f"{text}; on {n:,} scored images the two scores can't be told apart."
+    apart, count = values_apart(record, network_of(best), side), len(ranked(record))
+    if n and apart is False:
+        return f"{text}; on {n:,} scored images the two can't be told apart."
+    if n and apart and count > 2:
+        return f"{text}, beyond {CERTAIN:g} standard errors on {n:,} scored images; but the best of {count:,} noisy scores is on average too high."
     return f"{text}."
 
 
@@ -110,10 +113,14 @@ def _caveat(record: Record) -> list[str]:
     error = standard_error(first[0].score, n) if first else None
     if n is None or error is None:
         return []
-    near = sum(told_apart(first[0].score, t.score, n) is False for t in first[1:])
+    if len(first) < 2:
+        return []
+    near = sum(values_apart(record, network_of(first[0]), network_of(t)) is False for t in first[1:])
     text = f"On {n:,} scored images the best score has a standard error of about {error:.4f}: "
-    others = f"{near:,} of the {len(first) - 1:,} others lie within {CERTAIN:g} standard errors of the difference"
-    return [f"{text}{others}, so their order is uncertain, and the best of many noisy scores is on average too high."] if len(first) > 1 else []
+    if not near:
+        return [f"{text}no other network's value lies within {CERTAIN:g} standard errors of the difference."]
+    others = f"the values of {near:,} of the {len(first) - 1:,} others lie within {CERTAIN:g} standard errors of the difference"
+    return [f"{text}{others}, so their order is uncertain, and the best of many noisy scores is on average too high."]
 
 
 def _history(record: Record, plots: dict[str, Any]) -> dict[str, Any] | None:

@@ -169,7 +169,7 @@ def _target(axes: Any, record: Record, best: Trial) -> None:
     kind, target = record.target or ("", 0.0)
     axes.axvline(target, color=DARK, linestyle=":", linewidth=1.4)
     axes.annotate(
-        f" target {amount(kind, target)}", (target, 0), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha="left", fontsize=9
+        f"target {amount(kind, target)}", (target, 0), (4, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha="left", fontsize=9
     )
     (low, high), (bottom, top) = map(float, axes.get_xlim()), axes.get_ylim()
     if known(best.value) and low > 0:  # on a logarithmic axis it always is
