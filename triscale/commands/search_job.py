@@ -173,8 +173,8 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What the study that this would join is of; {} where there is none yet."""
+        from triscale.search.joining import identity
         from triscale.search.storage import open_storage
-        from triscale.search.study import identity
 
         place = self.place({})
         there = self.asked.storage or (self.out / JOURNAL).exists()

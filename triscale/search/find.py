@@ -23,6 +23,7 @@ from triscale.scaling import Coefficients, compound, scale
 from triscale.search.coding import Coding
 from triscale.search.events import Event, Running, Score, SearchError
 from triscale.search.grid import grid, spread
+from triscale.search.joining import identity
 from triscale.search.problem import CoefficientProblem, NetworkProblem
 from triscale.search.record import Record, Trial
 from triscale.search.reward import Objective
@@ -30,7 +31,7 @@ from triscale.search.samplers import SAMPLERS, Prefiltered
 from triscale.search.samplers import sampler as make
 from triscale.search.space import Space
 from triscale.search.storage import open_storage
-from triscale.search.study import Search, identity
+from triscale.search.study import Search
 from triscale.search.trials import counts, fixed
 
 

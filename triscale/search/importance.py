@@ -8,8 +8,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from triscale.search.coding import Coding
+from triscale.search.joining import quiet
 from triscale.search.problem import NetworkProblem
-from triscale.search.study import Search, quiet
+from triscale.search.study import Search
+from triscale.search.trials import RESULT
 
 FEWEST = 10  # complete trials below which nothing is said
 
@@ -33,7 +35,7 @@ def importance(search: Search) -> dict[str, float]:
 
 def _row(problem: NetworkProblem, coding: Coding, t: FrozenTrial) -> FrozenTrial | None:
     """The trial with one parameter a decision and one value."""
-    point, result = coding.point(t.params), t.user_attrs.get("result", {})
+    point, result = coding.point(t.params), t.user_attrs.get(RESULT, {})
     if point is None or not result.get("scores"):
         return None
     value = problem.worth(result["scores"][-1], result["costs"])

@@ -20,9 +20,14 @@ STATES: dict[TrialState, State] = {
 }
 
 
+# A trial's attributes. LOST: its worker ended, it is begun again; NEEDLESS: it isn't, another does for it; EXHAUSTED: begun often
+# enough, it fails with this reason; FIRST: the reference.
+WORKER, RESULT, LOST, NEEDLESS, RETRY_OF, FIRST, EXHAUSTED = "worker", "result", "lost", "needless", "retry of", "first", "exhausted"
+
+
 def counts(t: FrozenTrial) -> bool:
     """Whether a trial is one of those that were wanted: it has ended by its score, or is or will be at work."""
-    return "lost" not in t.user_attrs and "needless" not in t.user_attrs
+    return LOST not in t.user_attrs and NEEDLESS not in t.user_attrs
 
 
 def fixed(t: FrozenTrial) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def fixed(t: FrozenTrial) -> dict[str, Any]:
 
 def trial_of(problem: Problem, t: FrozenTrial, known: Mapping[str, Any] | None = None) -> Trial:
     """known: its result where the study has none yet."""
-    params, result = fixed(t), known or t.user_attrs.get("result", {})
+    params, result = fixed(t), known or t.user_attrs.get(RESULT, {})
     scores: Sequence[float] = result.get("scores", ())
     costs: Mapping[str, float] = result.get("costs", {})
     complete = t.state == TrialState.COMPLETE
@@ -47,7 +52,7 @@ def trial_of(problem: Problem, t: FrozenTrial, known: Mapping[str, Any] | None =
         problem.worth(scores[-1], costs) if complete and scores else None,
         costs,
         result.get("seconds", 0.0),
-        str(t.user_attrs.get("lost") or t.user_attrs.get("needless") or result.get("why", "")),
+        str(t.user_attrs.get(LOST) or t.user_attrs.get(NEEDLESS) or result.get("why", "")),
         result.get("cached", False),
         _time(t.datetime_start),
         _time(t.datetime_complete),
@@ -62,6 +67,6 @@ def record_of(problem: Problem, trials: Sequence[FrozenTrial], wanted: int, sett
     """A study as a report reads it."""
     o = problem.objective
     rows = tuple(trial_of(problem, t) for t in trials)
-    first = next((r.score for r, t in zip(rows, trials, strict=True) if t.user_attrs.get("first") and r.score is not None), None)
+    first = next((r.score for r, t in zip(rows, trials, strict=True) if t.user_attrs.get(FIRST) and r.score is not None), None)
     target = (o.kind, o.target) if o else None
     return Record(problem.kind, problem.reference, rows, target, o.exponents if o else (0.0, 0.0), settings, first, wanted, importance)
