@@ -21,6 +21,7 @@ LAYERS = (
         "architecture",
         "budget",
         "cost_model",
+        "detector",
         "download",
         "families",
         "files",
