@@ -177,16 +177,10 @@ def retinanet(backbone: str | Arch, resolution: int = 896) -> DetectorArch:
 def scale_detector(detector: DetectorArch, scaling: Scaling) -> DetectorArch:
     """Backbone and input size by `scale`; the pyramid's and the heads' width by the same width multiplier, rounded as the backbone's."""
     backbone, numerics = scale(detector.backbone, scaling), detector.backbone.numerics
-    width = lambda channels: round_channels(channels, scaling.width, numerics)  # noqa: E731
-    pyramid, head = detector.pyramid, detector.head
+    pyramid = replace(detector.pyramid, channels=round_channels(detector.pyramid.channels, scaling.width, numerics))
+    head = replace(detector.head, channels=round_channels(detector.head.channels, scaling.width, numerics))
     label = f"phi={scaling.phi:g}" if scaling.phi is not None else "scaled"
-    return replace(
-        detector,
-        backbone=backbone,
-        pyramid=replace(pyramid, channels=width(pyramid.channels)),
-        head=replace(head, channels=width(head.channels)),
-        name=f"{detector.name} {label}".strip(),
-    )
+    return replace(detector, backbone=backbone, pyramid=pyramid, head=head, name=f"{detector.name} {label}".strip())
 
 
 def detector_cost(detector: DetectorArch, num_classes: int, resolution: int | tuple[int, int] | None = None) -> DetectorCost:
