@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from triscale.architecture import Arch
 from triscale.files import cache_folder, write_text
+from triscale.search.space import plain
 from triscale.version import __version__
 
 FORMAT = 1
@@ -38,11 +39,11 @@ class ScoreCache:
     folder: Path
 
     def subject(self, arch: Arch, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """What a score is of, as JSON has it: the network without its name, the fingerprint, and the version of this package.
+        """What a score is of, as JSON has it: the network without its name and in its plainest words, the fingerprint, the version.
 
         Raises ValueError for a fingerprint that JSON can't hold.
         """
-        network = json.loads(arch.to_json())
+        network = json.loads(plain(arch).to_json())
         del network["name"]
         try:
             return json.loads(_canonical({"arch": network, "fingerprint": dict(fingerprint), "triscale": __version__}))

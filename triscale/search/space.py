@@ -197,6 +197,25 @@ def mnasnet_space(
     return Space(reference, tuple(blocks))
 
 
+def plain(arch: Arch) -> Arch:
+    """The same network with each stage's skip as plain as it can be said: where strides and channels leave it no choice, several
+    values do the same, and networks that differ in them alone compute the same from the same weights."""
+    stages = list(arch.stages)
+    for i, stage in enumerate(stages):
+        for skip in ("none", "identity"):
+            simpler = replace(arch, stages=(*stages[:i], replace(stage, skip=skip), *stages[i + 1 :]))
+            if skip != stage.skip and _shortcuts(simpler, i) == _shortcuts(arch, i):
+                stages[i] = replace(stage, skip=skip)
+                break
+            if skip == stage.skip:
+                break
+    return replace(arch, stages=tuple(stages))
+
+
+def _shortcuts(arch: Arch, stage: int) -> list[str]:
+    return [block.shortcut for block in arch.blocks() if block.stage_index == stage]
+
+
 def _picked(choices: Choices, s: Stage) -> list[tuple[tuple[Any, ...], Any]]:
     """For each decision what there is to choose from and what the stage has."""
     op = next((op for op in choices.ops if (op.block, op.expand) == (s.block, s.expand)), f"{s.block} x{s.expand:g}")
