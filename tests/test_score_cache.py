@@ -13,6 +13,7 @@ import triscale as ts
 from triscale.files import cache_folder
 from triscale.search import score_cache
 from triscale.search.score_cache import Cached, ScoreCache
+from triscale.search.space import plain
 
 NET = ts.arch("mobilenet_v2")
 ABOUT = {"recipe": {"epochs": 3, "lr": 0.1}, "data": {"files": "0badcafe"}, "seed": 0}
@@ -76,7 +77,7 @@ def test_the_file_is_at_its_key_and_tells_what_it_is_of(score, cached):
     data = json.loads(path.read_text())
     assert data["values"] == list(score.values)
     assert data["of"]["fingerprint"] == ABOUT
-    assert ts.Arch.from_json(json.dumps({"format": 1, **data["of"]["arch"]})) == NET
+    assert ts.Arch.from_json(json.dumps({"format": 1, **data["of"]["arch"]})) == plain(NET)
 
 
 def test_the_usual_folder(score, monkeypatch, tmp_path):
