@@ -2,11 +2,13 @@
 
 import math
 import random
+import re
 from collections import Counter
 from itertools import combinations, product
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -372,3 +374,11 @@ def test_what_is_no_search():
     for bad in ({"trials": 0}, {"timeout": 5}, {"pruner": "medium"}, {"workers": -1}):
         with pytest.raises(ValueError, match=r"trials|workers|pruner"):
             Running(**bad)
+
+
+def test_the_documentations_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "search.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, "docs/search.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert out.startswith("Coefficients(alpha=")
+    assert re.search(r"\] *$|\d\]$", out.strip())
