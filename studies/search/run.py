@@ -55,7 +55,7 @@ def retrain(job: tuple[str, str, str, int]) -> dict[str, Any]:
         if isinstance(event, Evaluated):
             top1 = event.top1
     c = cost(arch, len(listing.classes))
-    return {"network": label, "seed": seed, "top1": top1, "macs": c.macs, "params": c.params, "seconds": round(time.perf_counter() - began)}
+    return {"network": label, "seed": seed, "top1": round(top1, 4), "macs": c.macs, "params": c.params, "seconds": round(time.perf_counter() - began)}
 
 
 def at_least(reference: Any, macs: int) -> Any:
