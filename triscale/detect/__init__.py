@@ -1,0 +1,1 @@
+"""Detection: RetinaNet on any network of the package."""
