@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/triscale demo
 
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed
 	@$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 # Before torch is imported. Two OpenMP threads wait for each other wherever a core is taken by something else: one training
 # step of B0 took 7 s instead of 0.1 s on two cores of which one was busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background job and pytest-xdist's workers ignore Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Parquet's images and arrays are copied into the cache: not into the user's.
 os.environ.setdefault("TRISCALE_HOME", tempfile.mkdtemp(prefix="triscale-tests-"))
