@@ -36,6 +36,20 @@ def test_costs_by_hand_and_as_published_for_512_px():
     assert detector_cost(small, 3, 64).params == sum(p.params for p in parts.values())
 
 
+def test_show_tells_the_detectors_cost(capsys):
+    from triscale.cli import main
+
+    with pytest.raises(SystemExit) as status:
+        main(["show", "retinanet_efficientnet_b3_fpn"])
+    assert status.value.code == 0
+    out = capsys.readouterr().out
+    assert "retinanet_efficientnet_b3_fpn: 896 px, 80 classes" in out
+    assert out.split()[-2:] == ["19,977,756", "133,089,096,000"]
+    with pytest.raises(SystemExit):
+        main(["show", "retinanet_efficientnet_b33_fpn"])
+    assert "nearest is 'retinanet_efficientnet_b3_fpn'" in capsys.readouterr().err
+
+
 def test_scaling_takes_backbone_input_and_width_together():
     d = retinanet("efficientnet_b0", 512)
     big = scale_detector(d, compound(1))

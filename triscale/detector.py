@@ -14,7 +14,10 @@ from typing import Literal, NamedTuple
 from triscale.architecture import FORMAT, MAX_CHANNELS, Arch, ArchError, Head, _flag, _one_of, _part, _real, _refuse, _whole
 from triscale.cost_model import cost
 from triscale.families import arch as named
+from triscale.families import names
+from triscale.naming import unknown
 from triscale.scaling import Scaling, round_channels, scale
+from triscale.text import aligned
 
 Extra = Literal["backbone", "pyramid"]
 
@@ -172,6 +175,22 @@ def retinanet(backbone: str | Arch, resolution: int = 896) -> DetectorArch:
     """`retinanet_effb3_fpn_crop896_8x4_1x_coco` with this backbone: a name or an Arch, whose input size then is `resolution`."""
     arch = named(backbone) if isinstance(backbone, str) else backbone
     return DetectorArch(replace(arch, resolution=resolution), name=f"retinanet_{arch.name}_fpn")
+
+
+def detector(name: str, resolution: int = 896) -> DetectorArch:
+    """The named detector, retinanet_BACKBONE_fpn with any network's name. Raises UnknownNameError with the nearest."""
+    known = [f"retinanet_{backbone}_fpn" for backbone in names()]
+    if name not in known:
+        raise unknown("detector", name, known)
+    return retinanet(name.removeprefix("retinanet_").removesuffix("_fpn"), resolution)
+
+
+def detector_table(d: DetectorArch, num_classes: int = 80) -> str:
+    """Its parts with their parameters and multiply-adds for one image."""
+    c = detector_cost(d, num_classes)
+    rows = [(p.name, f"{p.params:,}", f"{p.macs:,}") for p in c.parts]
+    title = f"{d.name or 'detector'}: {d.backbone.resolution} px, {num_classes} classes; MACs are multiply-adds, without the choice of boxes"
+    return f"{title}\n{aligned(('Part', 'Params', 'MACs'), [*rows, ('total', f'{c.params:,}', f'{c.macs:,}')], left=(0,), total=True)}"
 
 
 def scale_detector(detector: DetectorArch, scaling: Scaling) -> DetectorArch:

@@ -68,16 +68,24 @@ def _published(networks: Sequence[str]) -> int:
     return 0
 
 
-def show(name: str, /, classes: int = 1000, batch: int = 1, json: bool = False) -> int:
-    """One network as the paper's Table 1, with what it costs.
+def show(name: str, /, classes: int | None = None, batch: int = 1, json: bool = False) -> int:
+    """One network as the paper's Table 1, with what it costs; or a detector by its parts.
 
     Args:
-        name: a network's name, or a .json file.
-        classes: outputs of the classifier.
+        name: a network's name, or a .json file; retinanet_NAME_fpn is the detector with that backbone.
+        classes: outputs of the classifier; 1000 unless given, of a detector 80.
         batch: images at a time, for the memory.
         json: print the network as JSON instead, as --save and other commands' .json files have it.
     """
-    arch = read_arch(name)
+    if name.startswith("retinanet_"):
+        from triscale.detector import detector, detector_table
+
+        if batch != 1:
+            raise ValueError("--batch: of a network's memory; that of a detector isn't predicted yet")
+        d = detector(name)
+        print(d.to_json() if json else detector_table(d, 80 if classes is None else classes))
+        return 0
+    arch, classes = read_arch(name), 1000 if classes is None else classes
     if json:
         print(arch.to_json())
         return 0
