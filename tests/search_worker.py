@@ -15,7 +15,7 @@ if __name__ == "__main__":
     running = Running(int(trials), alive_after=float(alive_after))
     space = mnasnet_space(arch("efficientnet_b0"))
     said = lambda text: print(text, flush=True)  # noqa: E731
-    search = network_search(Logged(log, float(seconds)), space, sampler="random", seed=None, running=running, place=Place(storage, "test"), tell=said)
+    search = network_search(Logged(log, float(seconds)), space, sampler="random", seed=None, running=running, place=Place(storage, "test", tell=said))
     print("ready", flush=True)
     while time.time() < float(start):
         time.sleep(0.005)

@@ -17,7 +17,7 @@ from triscale.cost_model import cost
 from triscale.scaling import Coefficients, ScalingError, compound, scale
 from triscale.search.coding import Coding
 from triscale.search.events import Running, SearchError
-from triscale.search.find import Screen, different_first, find_coefficients, find_network, front, network_search
+from triscale.search.find import Screen, different_first, find_coefficients, find_network, network_search, pareto
 from triscale.search.grid import GridError, grid, spread
 from triscale.search.importance import importance
 from triscale.search.record import Trial
@@ -318,14 +318,14 @@ def test_a_front_is_what_no_other_beats():
     rng = random.Random(5)
     trials = [Trial(i, "complete", score=rng.randrange(8) / 8, cost={"macs": rng.randrange(1, 9)}) for i in range(40)]
     trials.append(Trial(40, "failed", cost={"macs": 0.5}))
-    found = front(trials, "macs")
+    found = pareto(trials, "macs")
 
     def beaten(t):
         here = t.cost["macs"], t.score
         return any(o.cost["macs"] <= here[0] and o.score >= here[1] and (o.cost["macs"], o.score) != here for o in trials[:40])
 
     assert {(t.cost["macs"], t.score) for t in found} == {(t.cost["macs"], t.score) for t in trials[:40] if not beaten(t)}
-    assert [t.cost["macs"] for t in found] == sorted({t.cost["macs"] for t in found})
+    assert [t.cost["macs"] for t in found] == sorted(t.cost["macs"] for t in found)
 
 
 def test_the_same_seed_makes_the_same_search():

@@ -16,7 +16,7 @@ from PIL import Image
 
 import triscale as ts
 from triscale.search.grid import grid
-from triscale.search.record import Record, Trial
+from triscale.search.record import Record, Trial, front
 from triscale.search.reward import Objective
 from triscale.search.space import mnasnet_space
 from triscale.search_report import facts, network_plots, plots, render
@@ -204,7 +204,7 @@ POINTS = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(POINTS)
 def test_the_front_is_what_no_other_point_beats(points):
-    found = facts.front(points)
+    found = front(points)
     beaten = [any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points) for cost, score in points]
     assert sorted(found) == [i for i, b in enumerate(beaten) if not b]
     assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)

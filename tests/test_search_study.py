@@ -264,7 +264,7 @@ def test_a_worker_that_is_stopped_and_comes_back(tmp_path):
 
 def test_a_database_that_goes_away_and_comes_back(postgres, tmp_path):
     url, log, told = postgres.database("outage"), tmp_path / "log", []
-    with_name = network_search(Logged(str(log), 0.05), SPACE, sampler="random", running=Running(8), place=Place(url, "outage"), tell=told.append)
+    with_name = network_search(Logged(str(log), 0.05), SPACE, sampler="random", running=Running(8), place=Place(url, "outage", tell=told.append))
     away = None
     for event in with_name.events():
         if isinstance(event, Ended) and event.trial.number == 2:
@@ -290,7 +290,7 @@ def test_a_full_disk_is_waited_for(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         fsync(fd)
 
-    first = search(Logged(str(log)), Running(5), storage, tell=told.append)
+    first = network_search(Logged(str(log)), SPACE, sampler="random", running=Running(5), place=Place(storage, "test", tell=told.append))
     monkeypatch.setattr(os, "fsync", full)
     record, _ = carry_out(first)
     assert told == [

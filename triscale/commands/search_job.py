@@ -167,9 +167,8 @@ class Job:
     def place(self, about: dict[str, Any]) -> Any:
         from triscale.search.find import Place
 
-        return Place(
-            self.asked.storage or self.out / JOURNAL, self.asked.study or (self.label if self.asked.storage else "search"), tuple(about.items())
-        )
+        name = self.asked.study or (self.label if self.asked.storage else "search")
+        return Place(self.asked.storage or self.out / JOURNAL, name, tuple(about.items()), self.say)
 
     def identity(self) -> dict[str, Any]:
         """What the study that this would join is of; {} where there is none yet."""

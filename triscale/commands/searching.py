@@ -87,9 +87,7 @@ def search_coefficients(args: list[str]) -> int:
     job = Job("coefficients", given.data, given.common)
     about = {**job.about, "budget": given.budget}
     running, place = job.running(len(triples), "none"), job.place(about)
-    search = job.join(
-        lambda: coefficient_search(job.score, job.reference, triples, counted=job.counted, running=running, place=place, tell=job.say), args
-    )
+    search = job.join(lambda: coefficient_search(job.score, job.reference, triples, counted=job.counted, running=running, place=place), args)
     networks = len({search.problem.arch({"alpha": c.alpha, "beta": c.beta, "gamma": c.gamma}) for c in triples})
     print(f"{len(triples)} triples, which make {networks} different networks")
     settings = {
@@ -118,7 +116,7 @@ def search_network(args: list[str]) -> int:
     screen = Screen(job.zero_cost(given.prefilter), of) if given.prefilter else None
     running = job.running(100, "none" if given.sampler == "nsga2" or given.common.score != "train" else "median")
     more: Any = {"sampler": given.sampler, "seed": given.common.settings.seed, "screen": screen, "running": running}
-    search = job.join(lambda: network_search(job.score, space, objective, place=job.place(job.about), tell=job.say, **more), args)
+    search = job.join(lambda: network_search(job.score, space, objective, place=job.place(job.about), **more), args)
     settings = {"sampler": given.sampler, "networks in the space": f"{space.size:.2g}", "pruner": running.pruner}
     if given.prefilter:
         settings["prefilter"] = f"the best of {of} by {given.prefilter}"

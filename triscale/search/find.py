@@ -8,7 +8,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from triscale.search.events import Event, Running, Score, SearchError
 from triscale.search.grid import grid, spread
 from triscale.search.joining import identity
 from triscale.search.problem import CoefficientProblem, NetworkProblem
-from triscale.search.record import Record, Trial
+from triscale.search.record import Record, Trial, front
 from triscale.search.reward import Objective
 from triscale.search.samplers import SAMPLERS, Prefiltered
 from triscale.search.samplers import sampler as make
@@ -38,11 +38,13 @@ from triscale.search.trials import counts, fixed
 @dataclass(frozen=True)
 class Place:
     """Where a study lies. storage: None for memory, a path for a journal file, or a URL (see `open_storage`). name: of the study.
-    about: what scores depend on beside the network; a study of other things is not joined."""
+    about: what scores depend on beside the network; a study of other things is not joined. tell: is told when the storage goes away,
+    and when it answers again."""
 
     storage: str | Path | None = None
     name: str = "search"
     about: tuple[tuple[str, Any], ...] = ()
+    tell: Callable[[str], None] = field(default=lambda text: None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -128,14 +130,13 @@ def coefficient_search(
     counted: tuple[int, int] = (1000, 3),
     running: Running | None = None,
     place: Place | None = None,
-    tell: Callable[[str], None] = lambda text: None,
 ) -> Search:
     """The search itself, for its events. counted: classes and input channels of the costs that are told."""
     if not triples:
         raise SearchError("triples: expected one or more; grid() makes them")
     problem = CoefficientProblem(arch, different_first(arch, triples), *counted)
     where, running = place or Place(), running or Running()
-    storage = open_storage(where.storage, tell=tell)
+    storage = open_storage(where.storage, tell=where.tell)
     return Search(problem, score, InOrder(problem.triples), running, storage=storage, name=where.name, about=dict(where.about))
 
 
@@ -159,9 +160,8 @@ def network_search(
     screen: Screen | None = None,
     running: Running | None = None,
     place: Place | None = None,
-    tell: Callable[[str], None] = lambda text: None,
 ) -> Search:
-    """The search itself, for its events. seed: of the sampler; None: another each time. tell: is told when the storage goes away."""
+    """The search itself, for its events. seed: of the sampler; None: another each time."""
     where, running = place or Place(), running or Running()
     if sampler not in SAMPLERS:  # before the storage makes a file
         raise unknown("sampler", sampler, SAMPLERS)
@@ -170,7 +170,7 @@ def network_search(
         raise SearchError("sampler nsga2: it looks for the front of score and cost; an objective says what the cost is")
     coding = Coding.of(space) if sampler in ("tpe", "nsga2") else Coding.by_block(space)
     problem = NetworkProblem(space, coding, objective, pareto)
-    storage = open_storage(where.storage, tell=tell)
+    storage = open_storage(where.storage, tell=where.tell)
     if sampler in ("tpe", "nsga2") and seed is not None and identity(storage, where.name):
         # Optuna's own begin their draws anew: a worker that joins would draw what the first one drew. Ours draw by the trial's number.
         seed = zlib.crc32(f"{seed} {os.getpid()} {time.time()}".encode())
@@ -180,14 +180,10 @@ def network_search(
     return Search(problem, score, chosen, running, storage=storage, name=where.name, about=dict(where.about))
 
 
-def front(trials: Sequence[Trial], cost: str) -> tuple[Trial, ...]:
-    """Those complete trials that no other beats in score at no higher cost, nor in cost at no lower score; cheapest first."""
-    rows = sorted((t for t in trials if t.state == "complete" and t.score is not None), key=lambda t: (t.cost[cost], -(t.score or 0.0), t.number))
-    out: list[Trial] = []
-    for t in rows:
-        if not out or (t.score or 0.0) > (out[-1].score or 0.0):
-            out.append(t)
-    return tuple(out)
+def pareto(trials: Sequence[Trial], cost: str) -> tuple[Trial, ...]:
+    """The complete trials of the Pareto front of score and this cost, cheapest first; equal ones are all in it."""
+    rows = [(t, (t.cost[cost], t.score)) for t in trials if t.state == "complete" and t.score is not None]
+    return tuple(rows[i][0] for i in front([point for _, point in rows]))
 
 
 def _found(search: Search, watch: Callable[[Event], None]) -> Found:
@@ -204,7 +200,7 @@ def result(search: Search) -> Found:
         failed = [t for t in record.trials if t.state == "failed"]
         raise SearchError(f"no trial came to a score{f'; the last failed: {failed[-1].why}' if failed else ''}")
     chosen = Coefficients(*(float(best.choices[k]) for k in ("alpha", "beta", "gamma"))) if record.kind == "coefficients" else None
-    return Found(best.arch, best, record, chosen, front(record.trials, record.target[0]) if record.target else (best,))
+    return Found(best.arch, best, record, chosen, pareto(record.trials, record.target[0]) if record.target else (best,))
 
 
 class InOrder(BaseSampler):

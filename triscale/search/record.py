@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,3 +68,16 @@ class Record:
     @property
     def best(self) -> Trial | None:
         return next(iter(self.ranked), None)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of the (cost, score) points no other beats: none is at most as dear and at least as good, and better in one of both.
+
+    By cost; equal points are all in. n log n.
+    """
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i))
+    out: list[int] = []
+    for i in order:
+        if not out or points[i][1] > points[out[-1]][1] or points[i] == points[out[-1]]:
+            out.append(i)
+    return out

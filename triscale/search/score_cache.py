@@ -10,19 +10,19 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from triscale.architecture import Arch
 from triscale.files import cache_folder, write_text
+from triscale.search.events import Score
 from triscale.search.space import plain
 from triscale.version import __version__
 
 FORMAT = 1
 LARGEST = 4 << 20  # bytes of a file that is looked into: 100 000 epochs fit
-Score = Callable[[Arch], float | Iterator[float]]
 
 
 class Kept(NamedTuple):

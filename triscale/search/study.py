@@ -85,7 +85,7 @@ class Search:
         """Goes on with the study until all trials that are wanted have ended, yielding what happens.
 
         Closing the iterator, or an exception thrown into it, gives back the trials that have not ended.
-        Raises SearchError where the first trials all fail, OSError or the driver's error where the storage stays away.
+        Raises SearchError where the first trials all fail, StorageError where the storage stays away.
         """
         at_work = scoring(self._score, self.running.workers, self.running.timeout)
         self._alive.start()

@@ -100,19 +100,6 @@ def network_of(trial: Trial) -> Network:
     return Network(f"trial {trial.number}", trial.arch, trial.score, trial.value, trial.cost)
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of the (cost, score) points no other beats: none is at most as dear and at least as good, and better in one of both.
-
-    By cost; equal points are all in. n log n.
-    """
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i))
-    out: list[int] = []
-    for i in order:
-        if not out or points[i][1] > points[out[-1]][1] or points[i] == points[out[-1]]:
-            out.append(i)
-    return out
-
-
 def priced(record: Record) -> list[tuple[Trial, float, float]]:
     """The ranked trials whose cost is known: trial, cost, score."""
     kind = metric(record)

@@ -7,13 +7,12 @@ from itertools import zip_longest
 from typing import Any
 
 from triscale.cost_model import StageCost, cost
-from triscale.search.record import Record
+from triscale.search.record import Record, front
 from triscale.search_report import network_plots as draw
 from triscale.search_report.facts import (
     CERTAIN,
     Network,
     amount,
-    front,
     images,
     importance_grid,
     metric,

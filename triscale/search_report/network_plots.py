@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from triscale.report import BLUE
-from triscale.search.record import Record, Trial
+from triscale.search.record import Record, Trial, front
 from triscale.search.space import FIELDS
 from triscale.search_report.facts import (
     AXES,
     Network,
     amount,
-    front,
     importance_grid,
     known,
     metric,
