@@ -18,7 +18,7 @@ FORMAT = 1
 Interpolation = Literal["bicubic", "bicubic-tf", "bilinear", "nearest"]
 Crop = Literal["before", "after", "squash"]
 Optimizer = Literal["sgd", "adamw", "rmsprop"]
-Schedule = Literal["cosine", "staircase"]
+Schedule = Literal["cosine", "staircase", "steps"]
 Augment = Literal["none", "autoaugment", "randaugment"]
 
 MAX_SIZE = 4096  # pixels: 200 MB an image as float32, for files that nobody vouches for
@@ -100,15 +100,22 @@ class Recipe:
     lr_batch: int = 0
     """The rate used is lr x batch_size / lr_batch; 0: lr as it stands."""
     schedule: Schedule = "cosine"
-    """cosine: to 0 by half a cosine; staircase: x decay_factor every decay_epochs, counted from the first step."""
+    """cosine: to 0 by half a cosine; staircase: x decay_factor every decay_epochs, counted from the first step; steps: x
+    decay_factor at each epoch of decay_at."""
     decay_epochs: float = 2.4
     """Of staircase."""
     decay_factor: float = 0.97
-    """Of staircase."""
+    """Of staircase and steps."""
+    decay_at: tuple[float, ...] = ()
+    """Of steps: epochs after which the rate drops."""
     warmup_epochs: float = 2.0
-    """Epochs in which the learning rate rises linearly from 0."""
+    """Epochs in which the learning rate rises linearly from warmup_from."""
+    warmup_from: float = 0.0
+    """Share of the rate that the warm-up begins with; staircase begins with 0."""
     momentum: float = 0.9
     """Of sgd and rmsprop."""
+    nesterov: bool = True
+    """Nesterov's momentum, of sgd."""
     rms_decay: float = 0.9
     """Of rmsprop's mean square."""
     rms_eps: float = 1e-3
@@ -172,6 +179,10 @@ class Recipe:
                 object.__setattr__(self, f.name, value := float(value))
             if kind in (int, float, bool) and (type(value) is not kind or not math.isfinite(value) or value < 0):
                 raise RecipeError(f"Recipe.{f.name}: expected a {kind.__name__} from 0, found {value!r}")
+        drops = self.decay_at
+        if not isinstance(drops, (tuple, list)) or not all(type(at) in (int, float) and math.isfinite(at) and at > 0 for at in drops):
+            raise RecipeError(f"Recipe.decay_at: expected epochs above 0, found {drops!r}"[:200])
+        object.__setattr__(self, "decay_at", tuple(sorted(map(float, drops))))
         for name, known in (("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule)), ("augment", get_args(Augment))):
             if getattr(self, name) not in known:
                 raise RecipeError(f"Recipe.{name}: {unknown(name, getattr(self, name), known)}")
@@ -191,6 +202,7 @@ class Recipe:
             ("random_erase", 0, 1),
             ("crop_area", 0, 1),
             ("norm_momentum", 0, 1),
+            ("warmup_from", 0, 1),
             ("rand_ops", 1, 16),
             ("rand_magnitude", 0, 30),
             ("mixup", 0, 100),

@@ -68,7 +68,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, build: Callable[..., torch.
         return build(RMSprop, groups, lr=lr, decay=recipe.rms_decay, momentum=recipe.momentum, eps=recipe.rms_eps)
     if recipe.optimizer == "adamw":
         return build(torch.optim.AdamW, groups, lr=lr, betas=(0.9, 0.99), foreach=True)
-    return build(torch.optim.SGD, groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, foreach=True)
+    return build(torch.optim.SGD, groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.nesterov and recipe.momentum > 0, foreach=True)
 
 
 def peak_rate(recipe: Recipe) -> float:
@@ -78,7 +78,8 @@ def peak_rate(recipe: Recipe) -> float:
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: float) -> float:
     """The rate for step 0, 1, ...; steps_per_epoch may be a fraction, images / batch_size.
 
-    cosine: linear to the peak over the warm-up, then half a cosine to 0 after the last step. staircase: step / int(warm-up
+    cosine: linear to the peak over the warm-up, then half a cosine to 0 after the last step. steps: peak x factor^(drops so far), in the
+    warm-up times its line from warmup_from to 1, as mmdetection's step policy has it. staircase: step / int(warm-up
     steps) of the peak, then peak x factor^floor(step / (decay_epochs x steps_per_epoch)), the steps counted from 0, in float32
     as the official code computes it: float64 differs at decay boundaries. Source: official utils.build_learning_rate.
     """
@@ -88,8 +89,12 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: float) -> float:
         if step < int(warmup):
             return float(f(peak) * f(step) / f(int(warmup)))
         return float(f(peak) * np.power(f(recipe.decay_factor), np.floor(f(step) / f(recipe.decay_epochs * steps_per_epoch))))
+    low = recipe.warmup_from
+    if recipe.schedule == "steps":
+        rising = low + (1 - low) * step / warmup if step < warmup else 1.0
+        return peak * rising * recipe.decay_factor ** sum(step >= at * steps_per_epoch for at in recipe.decay_at)
     if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
+        return peak * (low + (1 - low) * (step + 1) / (warmup + 1))
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(recipe.epochs * steps_per_epoch - warmup, 1)))
 
 

@@ -12,6 +12,7 @@ from triscale.architecture import Arch
 from triscale.model import ConvNet
 from triscale.weights.dialects import Dialect, WeightsError
 from triscale.weights.match import Match, for_transfer, match, strict
+from triscale.weights.parts import tensors
 from triscale.weights.readers import Stored, open_tensors
 
 LARGE = 256 << 20  # bytes; up to here all tensors are read before the first is changed
@@ -51,6 +52,25 @@ def load_weights(net: ConvNet, source: str | os.PathLike[str] | Mapping[str, Ten
     if said:
         warnings.warn(f"{stored.label}: {said}", WeightsWarning, stacklevel=2)
     return net
+
+
+def load_trunk(trunk: ConvNet, source: str | os.PathLike[str] | Mapping[str, Tensor], arch: Arch, *, raw: bool = False) -> tuple[str, ...]:
+    """Puts the stem and blocks of a checkpoint of `arch` into a network that ends after them, in place, and returns the file's
+    names of those tensors that it lacks and that so stay fresh, at most a tenth.
+
+    source, raw: as in `load_weights`; head and classifier are left where they are. Raises WeightsError, and changes nothing,
+    for weights of another network.
+    """
+    stored = open_tensors(source, raw=raw)
+    own = trunk.state_dict()
+    try:
+        found, _ = for_transfer(match(stored.shapes, arch, 1000, trunk.in_channels), 0)
+    except WeightsError as error:
+        raise WeightsError(f"{stored.label}: {error}") from None
+    mine = Match(arch, found.dialect, {key: name for key, name in found.theirs.items() if key in own})
+    trunk.load_state_dict(read_all(stored, mine), strict=False)
+    names = found.dialect.names(arch, tensors(arch))
+    return tuple(names.get(key, key) for key in own if key not in mine.theirs)
 
 
 def _bytes(net: ConvNet) -> int:

@@ -72,7 +72,7 @@ def save_model(path: str | os.PathLike[str], net: ConvNet, card: ModelCard) -> N
         try:
             save_file(tensors, temporary, metadata={KEY: card.to_json()})
         except SafetensorError as error:  # a full disk comes as this
-            raise OSError(f"{path}: could not be written ({_first_line(error)})") from None
+            raise OSError(f"{path}: could not be written ({first_line(error)})") from None
 
     write_whole(path, write)
 
@@ -98,24 +98,24 @@ def load_model(path: str | os.PathLike[str]) -> tuple[ConvNet, ModelCard]:
             wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
             if wanted != found:
-                raise ModelFileError(f"{path}: tensors don't fit its own architecture; {_difference(wanted, found)}")
-            net.load_state_dict({name: _float32(name, file.get_tensor(name)) for name in wanted}, assign=True)
+                raise ModelFileError(f"{path}: tensors don't fit its own architecture; {difference(wanted, found)}")
+            net.load_state_dict({name: as_float32(name, file.get_tensor(name)) for name in wanted}, assign=True)
     except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path}: not a model file ({_first_line(error)})") from None
+        raise ModelFileError(f"{path}: not a model file ({first_line(error)})") from None
     except ModelFileError:
         raise
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelFileError(f"{path}: its metadata make no model ({_first_line(error)})") from None
+        raise ModelFileError(f"{path}: its metadata make no model ({first_line(error)})") from None
     return net.eval(), card
 
 
-def _float32(name: str, tensor: Tensor) -> Tensor:
+def as_float32(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         raise ValueError(f"{name} holds {tensor.dtype}, expected floating point")
     return tensor.float()
 
 
-def _difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+def difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
     kinds = {
         "missing": [n for n in wanted if n not in found],
         "left over": [n for n in found if n not in wanted],
@@ -124,5 +124,5 @@ def _difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, 
     return "; ".join(f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in kinds.items() if names)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
