@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("commands.packing", "a data set as tar shards with an index, which training reads several times faster"),
     "search coefficients": ("commands.searching", "alpha, beta, gamma of compound scaling, found on your images"),
     "search network": ("commands.searching", "a network for your images, found in MnasNet's space within a cost"),
+    "detect train": ("commands.detect_training", "a RetinaNet on any of the networks, on boxes in COCO's format"),
     "convert": ("commands.prediction", "weights from any code base's names and format to another's"),
     "bench": ("commands.measuring", "latency of networks by the paper's Table 4 protocol"),
     "reproduce": ("commands.measuring", "a table or figure of the paper, ours beside it"),
@@ -115,7 +116,7 @@ def _call(command: str, args: list[str]) -> int:
     module = import_module(f"triscale.{COMMANDS[command][0]}")
     if command == "train":
         return int(module.train(module.train_options(args)))
-    if command.startswith("search "):
+    if command.startswith(("search ", "detect ")):
         return int(getattr(module, command.replace(" ", "_"))(args))
     function: Callable[..., int] = getattr(module, command)
     return tyro.cli(function, args=args, prog=f"triscale {command}", config=TYRO)

@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from triscale.architecture import Arch
+    from triscale.detector import DetectorArch
     from triscale.model import ConvNet
+    from triscale.recipe import Preprocess
     from triscale.weights.model_file import ModelCard
 
 Normalise = Literal["imagenet", "unit", "lite", "centred"]
@@ -77,6 +80,42 @@ class Weights(Reading):
     weights: str
     """A model file; a checkpoint of timm, torchvision, lukemelas, OpenMMLab, Keras or the official code; or a published one by
     its network and training, efficientnet_b0:imagenet-aa."""
+
+
+class Trunk(NamedTuple):
+    """A checkpoint whose backbone is wanted: where it lies, the classifier's network in the weights' numerics, its preprocessing,
+    what was assumed of the network; detector: its DetectorArch where it is a detector's file of ours."""
+
+    path: str | os.PathLike[str]
+    arch: Arch
+    preprocess: Preprocess
+    said: tuple[str, ...] = ()
+    detector: DetectorArch | None = None
+
+
+def trunk(source: str, arch: Arch | None, *, raw: bool = False, offline: bool = False) -> Trunk:
+    """A file of any known kind, ours or another's, or NETWORK:TAG. arch: of a checkpoint that doesn't tell it; one that contradicts the
+    file is refused."""
+    from triscale.detect.model_file import KEY as DETECTOR
+    from triscale.detect.model_file import load_detector
+    from triscale.weights.model_file import KEY, load_model
+    from triscale.weights.open import trunk_of
+    from triscale.weights.readers import open_tensors
+
+    if entry := _entry(source):
+        if arch is not None and replace(arch, resolution=entry.network().resolution) != entry.network():
+            raise ValueError(f"--weights {source}: of another network than --backbone; leave one of the two out")
+        return Trunk(_fetch(entry, offline), entry.network(), entry.preprocess)
+    metadata = open_tensors(source, raw=raw).metadata
+    if KEY not in metadata and DETECTOR not in metadata:
+        known, preprocess, said = trunk_of(source, arch=arch, raw=raw)
+        return Trunk(source, known, preprocess, tuple(line for line in said if not line.startswith("preprocessing")))
+    detector = load_detector(source)[1] if DETECTOR in metadata else None
+    card = load_model(source)[1] if detector is None else None
+    known, preprocess = (detector.arch.backbone, detector.preprocess) if detector else (card.arch, card.preprocess)  # type: ignore[union-attr]
+    if arch is not None and replace(arch, head=known.head, resolution=known.resolution) != known:
+        raise ValueError(f"--weights {source}: carries its own network ({known.name or 'unnamed'}), and it is not --backbone")
+    return Trunk(source, known, preprocess, (), detector.arch if detector else None)
 
 
 def _entry(source: str) -> Any:

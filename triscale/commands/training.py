@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from triscale.architecture import Arch
 from triscale.commands import TYRO
 from triscale.commands.bars import bars
 from triscale.commands.fitting import SMALL, fitted
+from triscale.commands.following import FIRST, PROCESSES, StopSignal, follow
 from triscale.commands.networks import read_arch
-from triscale.commands.run_folder import run_folder, undo
+from triscale.commands.run_folder import run_folder
 from triscale.quantities import count, short
 from triscale.recipe import UNIT_MEAN, UNIT_STD, Recipe
 from triscale.recipes import FINETUNE, named
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from triscale.recipe import Preprocess
 
 Precision = Literal["auto", "float32", "bfloat16"]
-# Of the processes that torchrun has started, if it has; the first one speaks.
-PROCESSES, FIRST = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)
@@ -224,26 +222,8 @@ def _running(options: Train, arch: Arch, data: Data, channels: int) -> Running:
         shard=c.shard,
         tensorboard=options.tensorboard,
         broken_share=c.broken_share,
-        stop=_StopSignal(),
+        stop=StopSignal(),
     )
-
-
-class _StopSignal:
-    """Whether SIGINT or SIGTERM has come: the step then ends, the state is saved. A second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._ask)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt("at once; the last checkpoint that was whole is what is left")
-        self.asked = True
-
-    def __call__(self) -> bool:
-        return self.asked
 
 
 def _describe(options: Train, arch: Arch, data: Data, channels: int, running: Running) -> None:
@@ -272,41 +252,21 @@ def _trained(settings: Recipe) -> str:
 
 def _follow(options: Train, out: Path, data: Data, arch: Arch, preprocess: Preprocess, running: Running, start: Start | None) -> tuple[float, float]:
     """Carries the run out, with a bar and a line an epoch; returns the last accuracy, and that of the classes' mean."""
-    from triscale.classify import Evaluated, Resumed, Saved, Stopped
+    from triscale.classify import Evaluated
     from triscale.classify import run_folder as carry_out
-    from triscale.train.loop import Note, Step
 
-    saved, top1, mean, made, epochs = 0, 0.0, 0.0, not out.exists(), options.settings.epochs
-    with bars() as bar:
-        task = bar.add_task("epoch 1", total=None, unit="images", per=options.settings.batch_size, visible=FIRST)
-        try:
-            waited = taken = 0.0
-            for event in carry_out(out, data, arch, preprocess, options.settings, options.data, running, start):
-                if isinstance(event, Step):
-                    taken = 0.98 * taken + event.data + event.forward + event.backward + event.optimizer
-                    waited = 0.98 * waited + event.data
-                    description = f"epoch {event.epoch + 1} of {epochs}, loss {event.loss:.3f}, waiting for data {waited / taken:.0%}"
-                    bar.update(task, completed=event.step, total=event.steps, description=description)
-                elif isinstance(event, Evaluated):
-                    top1, mean = event.top1, event.mean_per_class
-                    loss = f"loss {event.train_loss:.4f}, " if event.train_loss else ""  # none where only the end is told again
-                    by_class = f" ({100 * event.mean_per_class:.2f} % mean per class)" if abs(event.mean_per_class - event.top1) > 5e-5 else ""
-                    line = f"epoch {event.epoch}: {loss}{event.on} accuracy {100 * top1:.2f} %{by_class}, {event.seconds:.0f} s"
-                    bar.console.print(line, highlight=False)
-                elif isinstance(event, Saved):
-                    saved = event.epoch
-                elif isinstance(event, Resumed):
-                    saved = event.epoch - 1
-                    bar.console.print(f"going on from step {event.step}, in epoch {event.epoch}", highlight=False)
-                elif isinstance(event, Note):
-                    bar.console.print(event.text, highlight=False)
-        except Stopped as stop:
-            raise KeyboardInterrupt(f"after step {stop.step}; the same command with --out {out} --resume goes on") from None
-        except (Exception, KeyboardInterrupt):
-            if FIRST and made and not saved:
-                undo(out)
-            raise
-    return top1, mean
+    last = (0.0, 0.0)
+
+    def line(event: Evaluated) -> str:
+        nonlocal last
+        last = event.top1, event.mean_per_class
+        loss = f"loss {event.train_loss:.4f}, " if event.train_loss else ""  # none where only the end is told again
+        by_class = f" ({100 * event.mean_per_class:.2f} % mean per class)" if abs(event.mean_per_class - event.top1) > 5e-5 else ""
+        return f"epoch {event.epoch}: {loss}{event.on} accuracy {100 * event.top1:.2f} %{by_class}, {event.seconds:.0f} s"
+
+    settings = options.settings
+    follow(carry_out(out, data, arch, preprocess, settings, options.data, running, start), out, settings.epochs, settings.batch_size, line)
+    return last
 
 
 def _network(options: Train, arch: Arch, classes: int, channels: int) -> Arch:

@@ -42,10 +42,11 @@ class Batch(NamedTuple):
     frames: tuple[Frame, ...]
 
 
-def train_view(data: BoxData, number: int, size: int, *, seed: int, epoch: int, ratios: tuple[float, float] = RATIOS) -> View:
+def train_view(data: BoxData, number: int, size: int, *, seed: int, epoch: int, ratios: tuple[float, float] = RATIOS, flip: bool = True) -> View:
     """Resized at random, cropped, mirrored, padded: see `geometry`. Raises BadImage for a file that can't be read or has another size."""
     shape, (boxes, _) = data.images[number][2:], data.targets(number)
-    return _view(data, number, train_frame(shape, boxes, size, draw_numbers(seed, epoch, number), ratios))
+    frame = train_frame(shape, boxes, size, draw_numbers(seed, epoch, number), ratios)
+    return _view(data, number, frame if flip else frame._replace(mirrored=False))
 
 
 def evaluation_view(data: BoxData, number: int, size: int) -> View:

@@ -50,7 +50,8 @@ class StepLine:
 
 @dataclass(frozen=True)
 class EpochLine:
-    """One finished epoch, counted from 1. seconds: since the training's start. step: None in logs of older versions."""
+    """One finished epoch, counted from 1. seconds: since the training's start. step: None in logs of older versions. ap, ap50: of a
+    detector's boxes."""
 
     epoch: int
     loss: float
@@ -60,6 +61,8 @@ class EpochLine:
     top5: float | None = None
     lr: float | None = None
     mean_per_class: float | None = None
+    ap: float | None = None
+    ap50: float | None = None
 
 
 @dataclass(frozen=True)

@@ -92,14 +92,16 @@ class RunLog:
         top1: float | None = None,
         top5: float | None = None,
         mean_per_class: float | None = None,
+        ap: float | None = None,
+        ap50: float | None = None,
     ) -> None:
         """After an epoch, counted from 1. seconds: of training since its start, those before a resume too. Accuracies: 0 to 1."""
         self._write_window(self._window.flush())
-        self._write(
-            "epoch", asdict(EpochLine(epoch, _short(loss), round(seconds, 2), step, top1, top5, None if lr is None else _short(lr), mean_per_class))
-        )
+        rate = None if lr is None else _short(lr)
+        line = EpochLine(epoch, _short(loss), round(seconds, 2), step, top1, top5, rate, mean_per_class, ap, ap50)
+        self._write("epoch", asdict(line))
         if self._board:
-            self._board.add(step, {"held_out/top1": top1, "held_out/top5": top5})
+            self._board.add(step, {"held_out/top1": top1, "held_out/top5": top5, "held_out/AP": ap, "held_out/AP50": ap50})
 
     def saved(self, step: int, path: str | Path) -> None:
         """A state or model file stands whole. Only its name is kept: a run folder can be moved."""

@@ -1,0 +1,220 @@
+"""Training a detector: the run and its folder.
+
+A run folder holds recipe.json, arch.json (the DetectorArch), log.jsonl, model.safetensors (the last finished epoch), scores.json (the
+final numbers), and states/ to resume from.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from triscale.data.sources import DataError
+from triscale.detect.batches import BoxBatches
+from triscale.detect.coco import BoxData
+from triscale.detect.evaluate import Scores, check_evaluator, coco_results, coco_scores
+from triscale.detect.events import Evaluated
+from triscale.detect.losses import Target
+from triscale.detect.model_file import DetectorCard, load_detector, save_detector
+from triscale.detect.retinanet import Outputs
+from triscale.detect.start import Start, start_detector
+from triscale.detector import DetectorArch
+from triscale.detector_recipe import DetectorRecipe
+from triscale.files import write_text
+from triscale.recipe import Preprocess, Recipe
+from triscale.run_log import RunLog
+from triscale.train.dist import World, local_batch, sharded, world
+from triscale.train.events import Resumed, Running, Saved
+from triscale.train.loop import EpochEnd, Note, Step
+from triscale.train.plan import Plan
+from triscale.train.run import Run
+from triscale.train.state import TrainState
+from triscale.train.syncnorm import share_norms
+from triscale.version import __version__
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """What a detector is trained and judged on. val: after every epoch, where it isn't None; test: at the end, the final numbers;
+    without it they are those on val. Both have the classes of `train`."""
+
+    train: BoxData
+    val: BoxData | None = None
+    test: BoxData | None = None
+
+    def __post_init__(self) -> None:
+        if self.val is None and self.test is None:
+            raise DataError("expected boxes to judge the detector by: a val or a test split")
+        for name, part in (("val", self.val), ("test", self.test)):
+            if part is not None and part.classes != self.train.classes:
+                gone, new = ([c for c in a.classes if c not in b.classes] for a, b in ((self.train, part), (part, self.train)))
+                what = "; ".join(f"{', '.join(c[:5])} {how}" for c, how in ((gone, "missing"), (new, "new")) if c) or "another order of ids"
+                raise DataError(f"{name}: other classes than those of train: {what}")
+
+    @property
+    def final(self) -> tuple[str, BoxData]:
+        if self.test is not None:
+            return "test", self.test
+        assert self.val is not None
+        return "val", self.val
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells one data set from another: counts, and a sum over the training images' names and boxes."""
+        check = 0
+        for i, entry in enumerate(self.train.images):
+            boxes, labels = self.train.targets(i)
+            check = zlib.crc32(labels.tobytes(), zlib.crc32(boxes.tobytes(), zlib.crc32(repr(entry).encode(errors="surrogateescape"), check)))
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {"images": {name: len(part) if part else 0 for name, part in parts.items()}, "boxes": f"{check:08x}"}
+
+
+def box_batches(data: BoxData, preprocess: Preprocess, recipe: DetectorRecipe, running: Running, share: tuple[int, int] = (0, 1)) -> BoxBatches:
+    """The recipe's batches of a data set, as a run takes them."""
+    return BoxBatches(
+        data, preprocess, recipe.batch_size, seed=recipe.seed, ratios=recipe.ratios, flip=recipe.flip,
+        numbers=None if recipe.empty_images else data.with_boxes().tolist(), workers=running.workers, share=share,
+        device=running.plan.device, broken_share=running.broken_share,
+    )  # fmt: skip
+
+
+def detector_run(
+    out: Path,
+    boxes: Boxes,
+    arch: DetectorArch,
+    preprocess: Preprocess,
+    recipe: DetectorRecipe,
+    name: str,
+    running: Running | None = None,
+    start: Start | None = None,
+) -> Iterator[Step | Evaluated | Saved | Resumed | Note]:
+    """Trains with the run folder written as it goes, in as many processes as torchrun started; process 0 writes.
+
+    The same arguments, seed and number of threads give the same numbers on the same machine. name: what the model file calls the
+    data. Each process divides its losses by its own number of positive anchors, as mmdetection does, and so does each part of a
+    batch that plan.micro_batch cuts. Raises ResumeError, Stopped and OSError as `train.run` does.
+    """
+    check_evaluator()
+    running = running or Running()
+    with world(running.plan.device) as here:
+        running = replace(running, plan=replace(running.plan, device=str(here.device)))
+        task = _Task(out, boxes, arch, preprocess, recipe, name, running, start, here)
+        log = lambda steps: RunLog(out, tensorboard=running.tensorboard, steps_per_epoch=steps)  # noqa: E731
+        yield from Run(out, task, task.loop, running, here, log).events()
+
+
+class _Task:
+    """A detector as `train.run` trains it."""
+
+    def __init__(
+        self,
+        out: Path,
+        boxes: Boxes,
+        arch: DetectorArch,
+        preprocess: Preprocess,
+        recipe: DetectorRecipe,
+        name: str,
+        running: Running,
+        start: Start | None,
+        here: World,
+    ) -> None:
+        self.out, self.boxes, self.preprocess, self.recipe, self.arch, self.name = out, boxes, preprocess, recipe, arch, name
+        self.plan, self.start = running.plan, start
+        self.batches = box_batches(boxes.train, preprocess, recipe, running, (here.rank, here.size))
+        self.loop: Recipe = recipe.loop(len(self.batches))
+        network = start_detector(arch, boxes.train.classes, preprocess.channels, recipe, start)
+        self.net, self.fresh = network.net.to(here.device), network.said
+        norms = _share_norms(self.net.backbone, recipe, self.plan, self.batches.size, here)
+        build = (lambda kind, groups, **o: sharded(kind, groups, here, **o)) if running.shard else None
+        self.state = TrainState(self.net, self.loop, build, network.prepare)
+        self.identity: dict[str, Any] = {
+            "recipe": recipe.to_dict(),
+            "arch": json.loads(arch.to_json()),
+            "preprocess": preprocess.to_dict(),
+            "classes": list(boxes.train.classes),
+            "data": boxes.fingerprint(),
+            "weights": network.weights,
+            "images a norm": norms,
+            "images at a time": self.plan.micro_batch,
+        }
+        self.files = {"recipe.json": json.dumps(recipe.to_dict(), indent=1), "arch.json": arch.to_json()}
+        self.best, self.unreadable = -1.0, dict[str, None]()
+
+    def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Tensor:
+        """The sum of both losses, float32."""
+        losses = self.net.losses(outputs, targets)
+        return losses.classes + losses.boxes
+
+    def renewed(self, about: dict[str, Any]) -> dict[str, Any]:
+        return {**about, "recipe": DetectorRecipe.from_dict(about["recipe"]).to_dict()}
+
+    def begin(self) -> None:
+        """There are no pictures to keep."""
+
+    def said(self) -> list[str]:
+        return [*self.fresh, *(f"left out: {reason}" for reason in (*self.batches.left_out.values(), *self.unreadable))]
+
+    def share(self, everyones: Callable[[list[str]], list[str]]) -> None:
+        self.unreadable |= dict.fromkeys(everyones(list(self.batches.left_out.values())))
+
+    def evaluate(self, event: EpochEnd, log: RunLog, seconds: float) -> Iterator[Evaluated | Saved]:
+        """The numbers on val, where there is one, and the model's file."""
+        epoch = event.epoch + 1
+        scores = self._scores(self.boxes.val) if self.boxes.val is not None else None
+        ap, ap50 = (scores.numbers["AP"], scores.numbers["AP50"]) if scores else (None, None)
+        log.epoch(epoch=epoch, step=self.state.step, loss=event.loss, seconds=seconds, ap=ap, ap50=ap50)
+        if scores:
+            yield Evaluated(epoch, event.loss, scores, seconds, self.net, "val")
+        path = self.out / "model.safetensors"
+        provenance: dict[str, Any] = {"data": self.name, "epoch": epoch, "triscale": __version__, "recipe": self.recipe.to_dict()}
+        if self.start:
+            provenance["from"] = self.start.label
+        measured = {f"val_{name}": value for name, value in scores.numbers.items() if value == value} if scores else {}
+        train = self.boxes.train
+        card = DetectorCard(self.arch, self.preprocess, train.classes, train.category_ids, self.net.rules, provenance, measured)
+        save_detector(path, self.net, card)
+        log.saved(self.state.step, path)
+        yield Saved(epoch, path)
+
+    def finish(self, log: RunLog, seconds: float) -> Iterator[Evaluated]:
+        """The final numbers: those of the model in the file."""
+        path, (on, data) = self.out / "model.safetensors", self.boxes.final
+        net, card = load_detector(path)
+        self.net.load_state_dict(net.state_dict())
+        scores = self._scores(data)
+        measured = {**card.measured, **{f"{on}_{name}": value for name, value in scores.numbers.items() if value == value}}
+        save_detector(path, self.net, replace(card, measured=measured))
+        write_scores(self.out / SCORES, scores, on)
+        yield Evaluated(int(card.provenance["epoch"]), 0.0, scores, seconds, self.net, on)
+
+    def _scores(self, data: BoxData) -> Scores:
+        found = coco_results(self.net, data, self.preprocess, batch=self.plan.micro_batch or 8)
+        self.unreadable |= dict.fromkeys(found.unreadable.values())
+        return coco_scores(data, found.rows, left_out=found.unreadable)
+
+
+def write_scores(path: Path, scores: Scores, on: str) -> None:
+    """COCO's numbers and those by class as JSON; null where there is nothing to count."""
+    classes = [_plain(c._asdict()) for c in scores.classes]
+    write_text(path, json.dumps({"split": on, "images": scores.images, **_plain(scores.numbers), "classes": classes}, indent=1))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if value != value else value for key, value in values.items()}
+
+
+def _share_norms(backbone: Any, recipe: DetectorRecipe, plan: Plan, images: int, here: World) -> int:
+    """The backbone's norms over all processes, in place, where the recipe says so; returns how many images they see."""
+    share = local_batch(images, here)
+    together = min(plan.micro_batch or share, share)
+    if recipe.sync_norms and not recipe.freeze_norms and here.size > 1:
+        share_norms(backbone, here, here.size)
+        return together * here.size
+    return together
