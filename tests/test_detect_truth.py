@@ -1,18 +1,14 @@
 """The ground truth of real images, encoded on the anchors and sent back: what the way itself loses, by COCO's own count."""
 
-import contextlib
-import io
-
 import numpy as np
 import pytest
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 
 from triscale.detect.anchors import make_anchors
 from triscale.detect.boxes import BACKGROUND, assign, encode, select
 from triscale.detect.coco import read_coco
+from triscale.detect.evaluate import coco_scores
 from triscale.detect.geometry import back, evaluation_frame, into
 from triscale.detect.rules import MMDETECTION
 from triscale.detector import Anchors
@@ -35,18 +31,6 @@ def through(boxes, labels, classes):
     return select(zip(*parts, strict=True), (SIZE, SIZE), MMDETECTION), which
 
 
-def evaluated(truth, found):
-    with contextlib.redirect_stdout(io.StringIO()):
-        real = COCO()
-        real.dataset = truth
-        real.createIndex()
-        run = COCOeval(real, real.loadRes(found), "bbox")
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-    return float(run.stats[0])
-
-
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_the_truth_comes_back(shared, split):
     """AP at least 0.98; each box that is lost is lost for a reason: a box of its class overlaps it beyond suppression's bound, or
@@ -67,11 +51,11 @@ def test_the_truth_comes_back(shared, split):
             results.append({**row, "bbox": [x1, y1, x2 - x1, y2 - y1]})
             moved.append({**row, "bbox": [x1 + (x2 - x1) / 2, y1, x2 - x1, y2 - y1]})
         reasons += lost(torch.from_numpy(boxes[kept]), labels, there, found.labels, which)
-    score = evaluated(data.to_coco(), results)
+    score = coco_scores(data, results).numbers["AP"]
     print(f"{split}: AP {score:.4f}; {len(reasons)} of {len(data.labels)} boxes lost: {', '.join(sorted(set(reasons))) or 'none'}")
     assert score >= 0.98
     assert "?" not in reasons
-    assert evaluated(data.to_coco(), moved) < 0.01
+    assert coco_scores(data, moved).numbers["AP"] < 0.01
 
 
 def lost(boxes, labels, found, found_labels, which):

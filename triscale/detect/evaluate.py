@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from triscale.data.decode import BadImage
 from triscale.detect.coco import BoxData
-from triscale.detect.coco_json import listed, many
+from triscale.detect.coco_json import listed
 from triscale.detect.geometry import back
 from triscale.detect.retinanet import Detector, Outputs
 from triscale.detect.views import Batch, View, collate, evaluation_view, normalised
 from triscale.recipe import Preprocess
+from triscale.text import printable
 
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # in the order of COCOeval.stats
 
@@ -133,8 +134,10 @@ def _view(data: BoxData, number: int, size: int) -> View | BadImage:
 
 
 def _named(data: BoxData, number: int, why: BadImage) -> str:
-    text = " ".join(str(why).split())
-    return text if data.name(number) in text else f"{data.name(number)}: {text}"
+    """As `BoxData.left_out` has it: the name under the folder of images, not the whole path that `decode` tells."""
+    name = data.name(number)
+    text = str(why).replace(printable(str(data.path(number))), name)
+    return f"image {data.images[number].id}, {text if text.startswith(name) else f'{name}: {text}'}"
 
 
 def _find(net: Detector, views: Batch, data: BoxData, preprocess: Preprocess, ids: Sequence[int], found: Results) -> None:
@@ -186,9 +189,9 @@ def coco_scores(data: BoxData, rows: Sequence[Mapping[str, Any]], left_out: Coll
     check_evaluator()
     from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
 
-    for noun, known in (("image", {e.id for e in data.images}), ("category", set(data.category_ids))):
-        if strange := sorted({row[f"{noun}_id"] for row in rows} - known):
-            raise ValueError(f"coco_scores: results of {many(noun, strange)}, which the data doesn't have")
+    for field, known in (("image_id", {e.id for e in data.images}), ("category_id", set(data.category_ids))):
+        if strange := sorted({row[field] for row in rows} - known):
+            raise ValueError(f"coco_scores: expected results of the data's own images and categories, found {field} {listed(strange)}")
     counts = ~np.isin(np.arange(len(data)), list(left_out))
     counted = {entry.id for entry, counts_too in zip(data.images, counts, strict=True) if counts_too}
     sizes = np.bincount(data.labels[~data.crowd & np.repeat(counts, np.diff(data.starts))], minlength=len(data.classes))
@@ -196,10 +199,7 @@ def coco_scores(data: BoxData, rows: Sequence[Mapping[str, Any]], left_out: Coll
     truth["images"] = [image for image in truth["images"] if image["id"] in counted]
     truth["annotations"] = [box for box in truth["annotations"] if box["image_id"] in counted]
     # COCO.loadRes would write into the rows, and fails where there are none.
-    boxes = [
-        {**row, "id": i, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-        for i, row in enumerate((row for row in rows if row["image_id"] in counted), 1)
-    ]
+    boxes = [{**row, "id": i, "area": row["bbox"][2] * row["bbox"][3]} for i, row in enumerate(rows, 1)]
     with redirect_stdout(io.StringIO()):
         run = COCOeval(_indexed(truth), _indexed({**truth, "annotations": boxes}), "bbox")
         run.evaluate()
