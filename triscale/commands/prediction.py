@@ -51,7 +51,7 @@ def predict(
     speed.check()
     from triscale.predict import Prediction, image_files, predict_files
 
-    paths = image_files(_listed(files))
+    paths = image_files(listed_files(files))
     if not paths:
         raise ValueError(f"no image files in {', '.join(files)}")
     net, card = network.open("predict", network.weights)
@@ -74,7 +74,7 @@ def predict(
     return 0 if not failures else 2 if failures == len(paths) else 1
 
 
-def _listed(files: list[str]) -> list[str]:
+def listed_files(files: list[str]) -> list[str]:
     """`files` with the lines of standard input in the place of -."""
     if not files:
         raise ValueError("no image files given")
