@@ -1,6 +1,7 @@
 """Runs every benchmark with pinned cores; writes results/*.json with versions and machine, and docs/benchmarks.md from them.
 
-python -m benchmarks.run [startup] [forward_b0] [training_step] [predict] [memory] [loader] [search_overhead] [search_sharing]
+python -m benchmarks.run [startup] [forward_b0] [training_step] [predict] [detection] [memory] [loader] [search_overhead]
+[search_sharing]
 """
 
 import importlib
@@ -12,14 +13,17 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import loader, search_overhead, search_sharing
+from benchmarks import detection, loader, search_overhead, search_sharing
 from benchmarks.forward_b0 import ratios
 from triscale.report import DEMO_HEADER, demo_plot, demo_rows, verdict
 
 HERE = Path(__file__).parent
 RESULTS, PAGE, README = HERE / "results", HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md"
 DEMO = HERE.parent / "studies" / "demo" / "results.json"
-CORES = {"startup": 2, "forward_b0": 1, "training_step": 2, "predict": 2, "memory": 2, "loader": 2, "search_overhead": 1, "search_sharing": 2}
+CORES = {
+    **{"startup": 2, "forward_b0": 1, "training_step": 2, "predict": 2, "detection": 2},
+    **{"memory": 2, "loader": 2, "search_overhead": 1, "search_sharing": 2},
+}
 
 
 def machine(cores):
@@ -164,6 +168,9 @@ def page():
             "Decoding, preprocessing and the network, timed together; the same weights in all. triscale against timm: "
             f"{predict_ratio(rows, 'documented'):.2f} times the documented recipe's rate, {predict_ratio(rows, 'two workers'):.2f} times its best.",
         ]
+    if "detection" in bodies:
+        parts += ["## Detection: RetinaNet at 512 px, batch 1, two threads", about(bodies["detection"])]
+        parts += [p if isinstance(p, str) else table(*p) for p in detection.described(bodies["detection"]["rows"])]
     if "memory" in bodies:
         cells = [[r["format"], r["way"], f"{r['peak'] / 1e9:.2f}", f"{r['ratio']:.2f}", f"{r['limit']}"] for r in bodies["memory"]["rows"]]
         parts += [

@@ -155,6 +155,15 @@ class DetectorArch:
         return _part(DetectorArch, data, "detector")
 
 
+def is_detector(text: str) -> bool:
+    """Whether a JSON text is meant as a detector and not as a network."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and "backbone" in data
+
+
 class Part(NamedTuple):
     """One row of a detector's cost: parameters, multiply-adds and output elements of convolutions, for one image."""
 
@@ -177,25 +186,59 @@ def retinanet(backbone: str | Arch, resolution: int = 896) -> DetectorArch:
     return DetectorArch(replace(arch, resolution=resolution), name=f"retinanet_{arch.name}_fpn")
 
 
+def detector_names() -> tuple[str, ...]:
+    """Every name that `detector` knows: retinanet_BACKBONE_fpn with any network's name."""
+    return tuple(f"retinanet_{name}_fpn" for name in names())
+
+
 def detector(name: str, resolution: int = 896) -> DetectorArch:
-    """The named detector, retinanet_BACKBONE_fpn with any network's name. Raises UnknownNameError with the nearest."""
-    known = [f"retinanet_{backbone}_fpn" for backbone in names()]
-    if name not in known:
-        raise unknown("detector", name, known)
+    """The named detector. Raises UnknownNameError with the nearest."""
+    if name not in detector_names():
+        raise unknown("detector", name, detector_names())
     return retinanet(name.removeprefix("retinanet_").removesuffix("_fpn"), resolution)
 
 
 def detector_table(d: DetectorArch, num_classes: int = 80) -> str:
-    """Its parts with their parameters and multiply-adds for one image."""
-    c = detector_cost(d, num_classes)
-    rows = [(p.name, f"{p.params:,}", f"{p.macs:,}") for p in c.parts]
+    """What it is made of, and its parts with their parameters and multiply-adds for one image."""
+    c, p, a = detector_cost(d, num_classes), d.pyramid, d.anchors
+    rows = [(part.name, f"{part.params:,}", f"{part.macs:,}") for part in c.parts]
     title = f"{d.name or 'detector'}: {d.backbone.resolution} px, {num_classes} classes; MACs are multiply-adds, without the choice of boxes"
-    return f"{title}\n{aligned(('Part', 'Params', 'MACs'), [*rows, ('total', f'{c.params:,}', f'{c.macs:,}')], left=(0,), total=True)}"
+    made = f"{d.backbone.name or 'backbone'}; pyramid of {p.channels} channels at strides {', '.join(map(str, p.strides))}; towers of "
+    made += f"{d.head.convs} x {d.head.channels}; {a.each} anchors a place, {a.scale:g} strides wide"
+    return f"{title}\n{made}\n{aligned(('Part', 'Params', 'MACs'), [*rows, ('total', f'{c.params:,}', f'{c.macs:,}')], total=True)}"
+
+
+def scaled_table(before: DetectorArch, after: DetectorArch, num_classes: int = 80) -> str:
+    """The parts of a detector before and after `scale_detector`. Raises ValueError for two of unlike parts."""
+    one, two = detector_cost(before, num_classes), detector_cost(after, num_classes)
+    if [part.name for part in one.parts] != [part.name for part in two.parts]:
+        raise ValueError("scaled_table: expected a detector and what scale_detector made of it, found two of unlike parts")
+    total = [Part("total", c.params, c.macs, c.activations) for c in (one, two)]
+    pairs = zip((*one.parts, total[0]), (*two.parts, total[1]), strict=True)
+    rows = [(x.name, f"{x.params:,}", f"{y.params:,}", f"{x.macs:,}", f"{y.macs:,}", f"{y.macs / x.macs:.2f}") for x, y in pairs]
+    changes = (
+        ("px", before.backbone.resolution, after.backbone.resolution),
+        ("pyramid", before.pyramid.channels, after.pyramid.channels),
+        ("heads", before.head.channels, after.head.channels),
+        ("backbone's layers", *(sum(s.layers for s in d.backbone.stages) for d in (before, after))),
+    )
+    title = f"{after.name or 'detector'}, {num_classes} classes: {', '.join(f'{name} {x} -> {y}' for name, x, y in changes)}"
+    return f"{title}\n{aligned(('Part', 'Params', 'scaled', 'MACs', 'scaled', 'times'), rows, total=True)}"
 
 
 def scale_detector(detector: DetectorArch, scaling: Scaling) -> DetectorArch:
-    """Backbone and input size by `scale`; the pyramid's and the heads' width by the same width multiplier, rounded as the backbone's."""
+    """Backbone and input size by `scale`; the pyramid's and the heads' width by the same width multiplier, rounded as the backbone's.
+
+    A scaled input size is a multiple of the coarsest map's stride that the pyramid takes from the backbone (32), so that each coarser
+    map is exactly half as large as the finer one that it is added to: the nearest multiple, but not below the size before where it
+    grows, nor above where it shrinks.
+    """
     backbone, numerics = scale(detector.backbone, scaling), detector.backbone.numerics
+    if scaling.resolution != 1:
+        step, before = detector.laterals[-1][0], detector.backbone.resolution
+        steps = int(before * scaling.resolution / step + 0.5)
+        steps = max(steps, -(-before // step)) if scaling.resolution > 1 else min(steps, before // step)
+        backbone = replace(backbone, resolution=step * max(1, steps))
     pyramid = replace(detector.pyramid, channels=round_channels(detector.pyramid.channels, scaling.width, numerics))
     head = replace(detector.head, channels=round_channels(detector.head.channels, scaling.width, numerics))
     label = f"phi={scaling.phi:g}" if scaling.phi is not None else "scaled"

@@ -80,10 +80,9 @@ def _parts(arch: Arch, num_classes: int, shape: tuple[int, int, int], batch: int
     n, in_place = arch.numerics, training and arch.numerics.activation == "relu"
 
     def stem(r: Replay, x: Value) -> Value:
-        y = r.conv_norm_act(x, arch.stem.channels, arch.stem.kernel, arch.stem.stride)
-        if not arch.stem.pool:
+        y, pooled = r.stem(arch.stem, x)
+        if pooled is None:
             return y
-        pooled = r.stem_pool(y)
         r.drop(y.storage)
         return pooled
 

@@ -70,7 +70,7 @@ class ConvNet(nn.Module):
             x, stride = self.pool(x), stride * 2
         for stage, stride in zip(self._stage_modules(), self.stage_strides, strict=True):
             for block in stage:
-                x = block(x)
+                x = self._through(block, x)
             out[f"stride{stride}"] = x
         return out
 
@@ -82,11 +82,15 @@ class ConvNet(nn.Module):
         x = self.stem(x)
         if self.pool is not None:
             x = self.pool(x)
-        again = self.recompute and torch.is_grad_enabled()  # in evaluation too: an attack's passes
         for stage in self._stage_modules():
             for block in stage:
-                x = checkpoint(block, x, use_reentrant=False, context_fn=_second_time) if again else block(x)
+                x = self._through(block, x)
         return self.head(x) if self.head is not None else x
+
+    def _through(self, block: nn.Module, x: Tensor) -> Tensor:
+        again = self.recompute and torch.is_grad_enabled()  # in evaluation too: an attack's passes
+        y: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=_second_time) if again else block(x)
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x).mean((2, 3))

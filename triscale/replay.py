@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from triscale.architecture import Block, Numerics
+from triscale.architecture import Block, Numerics, Stem
 
 
 class Value:
@@ -26,9 +26,13 @@ class Replay:
 
     def __init__(self, batch: int, numerics: Numerics, training: bool) -> None:
         self.batch, self.training = batch, training
-        self.same, self.in_place_act = numerics.padding == "same", numerics.activation == "relu"
+        self.follow(numerics)
         self.live = self.peak = 0
         self.nodes: list[Callable[[], None]] = []
+
+    def follow(self, numerics: Numerics) -> None:
+        """From here on the modules have these."""
+        self.same, self.in_place_act = numerics.padding == "same", numerics.activation == "relu"
 
     # Storages.
     def new(self, elements: int) -> list[int]:
@@ -86,6 +90,16 @@ class Replay:
 
     # Operators. The caller owns what it passes in; what comes back is one reference more.
     def conv(self, x: Value, cout: int, kernel: int, stride: int, depthwise: bool = False) -> Value:
+        """The convolution of a ConvNormAct: in inference it runs with weights folded for the call."""
+        weights = cout * kernel * kernel * (1 if depthwise else x.shape[0])
+        folded = None if self.training else self.new(weights + 2 * cout)
+        y = self.convolve(x, cout, kernel, stride, weights)
+        if folded:
+            self.drop(folded)
+        return y
+
+    def convolve(self, x: Value, cout: int, kernel: int, stride: int, weights: int, *, shared: bool = False) -> Value:
+        """weights: with the bias. shared: a later call makes their gradient first, and this one's is added to it in place."""
         channels, height, width = x.shape
         out_h, out_w = -(-height // stride), -(-width // stride)
         padded = x
@@ -95,14 +109,17 @@ class Replay:
                 padded = self.value(shape)
                 padded.needs_grad = x.needs_grad
                 self.node(padded, [(x, False)], [])
-        weights = cout * kernel * kernel * (1 if depthwise else channels)
-        folded = None if self.training else self.new(weights + 2 * cout)
         y = self.value((cout, out_h, out_w))
-        self.node(y, [(padded, False)], [padded.storage], weights)
+        self.node(y, [(padded, False)], [padded.storage], *((0, weights) if shared else (weights, 0)))
         if padded is not x:
             self.drop(padded.storage)
-        if folded:
-            self.drop(folded)
+        return y
+
+    def norm(self, x: Value) -> Value:
+        """Takes x over."""
+        y = self.value(x.shape)
+        self.node(y, [(x, False)], [x.storage], 2 * x.shape[0])
+        self.drop(x.storage)
         return y
 
     def act(self, x: Value) -> Value:
@@ -119,10 +136,7 @@ class Replay:
     def conv_norm_act(self, x: Value, cout: int, kernel: int = 1, stride: int = 1, *, act: bool = True, depthwise: bool = False) -> Value:
         y = self.conv(x, cout, kernel, stride, depthwise)
         if self.training:
-            z = self.value(y.shape)
-            self.node(z, [(y, False)], [y.storage], 2 * cout)
-            self.drop(y.storage)
-            y = z
+            y = self.norm(y)
         return self.act(y) if act else y
 
     def squeeze_excite(self, x: Value, squeezed: int) -> Value:
@@ -166,6 +180,11 @@ class Replay:
         if out is x:
             x.storage[1] += 1
         return out
+
+    def stem(self, stem: Stem, x: Value) -> tuple[Value, Value | None]:
+        """(its map, the pooled map or None)."""
+        y = self.conv_norm_act(x, stem.channels, stem.kernel, stem.stride)
+        return y, self.stem_pool(y) if stem.pool else None
 
     def stem_pool(self, x: Value) -> Value:
         """3x3 stride-2 max pool: saves its input and int64 indices (two float32 a value). Does not take x over."""

@@ -121,6 +121,15 @@ class Detector(nn.Module):
         self.pyramid = FeaturePyramid(arch)
         self.head = BoxHeads(arch, num_classes)
 
+    @property
+    def recompute(self) -> bool:
+        """Of the backbone: see ConvNet. Pyramid and heads keep all."""
+        return self.backbone.recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        self.backbone.recompute = value
+
     def forward(self, images: Tensor) -> Outputs:
         stages = self.backbone.stages(images)
         maps = self.pyramid([stages[f"stride{stride}"] for stride, _ in self.arch.laterals])
