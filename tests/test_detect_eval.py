@@ -379,7 +379,7 @@ def test_what_cannot_be_evaluated_is_refused_and_leaves_nothing(eight, model, tm
         (good, model, ("--split", "train"), "no train split"),
         (good, tmp_path / "none", (), "none: no such file"),
         (good, classifier, (), "a classifier; expected a detector's file"),
-        (good, torn, (), "t.safetensors: not a detector's file"),
+        (good, torn, (), "t.safetensors: not a checkpoint that can be read safely"),
         (good, other, (), "o.safetensors and .*the network's cell is not in the data; the data's WBC, Platelets are not in the network"),
         (tmp_path / "no_boxes.json", model, ("--images", images), "found none in its 8 images"),
         (tmp_path / "no_images.json", model, ("--images", images), "no images in it"),

@@ -420,7 +420,7 @@ def test_refusals_leave_nothing(here, weights, shared, cells, tmp_path):  # noqa
     (tmp_path / "full/photo.png").write_bytes(b"mine")
     (tmp_path / "empty").mkdir()
     for arguments, *told in (
-        ((cells[0], "--weights", classifier), "expected a detector's file"),
+        ((cells[0], "--weights", classifier), "neither a detector's file"),
         ((cells[0], "--weights", "none.safetensors"), "no such file"),
         ((cells[0], "--weights", weights, "--out", "full"), "--out full: exists already"),
         ((cells[0], "--weights", weights, "--json", "full/photo.png"), "--json full/photo.png: exists already"),

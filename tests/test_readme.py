@@ -30,6 +30,6 @@ def test_tables_are_made_from_the_results(monkeypatch):
 def test_every_command_named_exists_and_every_link_leads_somewhere():
     from triscale.cli import COMMANDS
 
-    assert set(re.findall(r"^    triscale (search \w+|\w+)", README, re.MULTILINE)) == set(COMMANDS) - {"demo"}
+    assert set(re.findall(r"^    triscale ((?:search|detect) \w+|\w+)", README, re.MULTILINE)) == set(COMMANDS) - {"demo"}
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -29,6 +29,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "detect train": ("commands.detect_training", "a RetinaNet on any of the networks, on boxes in COCO's format"),
     "detect eval": ("commands.detect_evaluation", "COCO's twelve numbers of a detector, by class, precision-recall curves"),
     "detect predict": ("commands.detect_prediction", "boxes in image files, drawn on PNGs and as COCO results"),
+    "detect convert": ("commands.detect_converting", "Pascal VOC's boxes as COCO's, mmdetection's checkpoints as ours"),
+    "detect export": ("commands.detect_converting", "a detector as ONNX, with or without NMS, or under mmdetection's names"),
     "convert": ("commands.prediction", "weights from any code base's names and format to another's"),
     "bench": ("commands.measuring", "latency of networks by the paper's Table 4 protocol"),
     "reproduce": ("commands.measuring", "a table or figure of the paper, ours beside it"),

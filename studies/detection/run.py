@@ -66,7 +66,8 @@ def curve(runs: list[dict[str, Any]], path: Path) -> None:
         axes.plot(
             [p["epoch"] for p in points], [100 * p["ap50"] for p in points], line, marker=marker, markersize=4, color=colour, label=run["label"]
         )
-    axes.set(xlabel="epoch", ylabel="box AP50 on val, %", ylim=(0, 100), xlim=(0, None))
+    last = max(p["epoch"] for run in runs for p in run["epochs"])
+    axes.set(xlabel="epoch", ylabel="box AP50 on val, %", ylim=(0, 100), xlim=(0, last + 0.5), xticks=range(0, last + 1, max(1, last // 10)))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")

@@ -8,12 +8,13 @@ import platform
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from triscale.commands.detect_converting import DetectorReading
 from triscale.commands.run_folder import run_folder
 from triscale.commands.running import Speed, available, progress
 from triscale.text import aligned, printable
@@ -53,15 +54,14 @@ class DetectEval:
     data: tyro.conf.Positional[str]
     """A folder in COCO's layout, or one JSON file in its format."""
     weights: Path
-    """The detector's model file."""
+    """The detector's model file, or a checkpoint of mmdetection."""
     split: Literal["test", "val", "train"] | None = None
     """Of a folder; test where there is one, else val, unless given."""
     images: Path | None = None
     """The folder that file names in the JSON are relative to, where it isn't found by itself."""
     out: Path | None = None
     """The folder of the results; runs/detect-eval-DATA, with a number where that is taken, unless given."""
-    size: int | None = None
-    """Side of the square in pixels into which pictures are fitted, instead of the model's."""
+    reading: DetectorReading = field(default_factory=DetectorReading)
     speed: Speed = field(default_factory=lambda: Speed(batch=BATCH))
 
 
@@ -74,14 +74,11 @@ def detect_eval(args: list[str]) -> int:
     out = run_folder(given.out, f"detect-eval-{Path(given.data).resolve().name.removesuffix('.json')}", resume=False, first=True)
     from triscale.detect.evaluate import check_evaluator, coco_scores, matched_ids
     from triscale.detect.folders import find_split, has_split
-    from triscale.detect.model_file import load_detector
 
     check_evaluator()
     split = given.split or ("test" if has_split(given.data, "test") else "val")
     source = find_split(given.data, split, given.images)  # missing data is told before the weights are read
-    net, card = load_detector(given.weights)
-    if given.size is not None:
-        card = replace(card, preprocess=replace(card.preprocess, size=given.size))
+    net, card = given.reading.open("detect eval", given.weights)
     data = _read(source.json, source.images)
     try:
         ids = matched_ids(card.classes, data)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from triscale.commands.detect_converting import DetectorReading
 from triscale.commands.run_folder import run_folder
 from triscale.commands.running import Speed, available, progress
 from triscale.text import printable
@@ -36,7 +37,7 @@ class DetectPredict:
     files: tyro.conf.Positional[list[str]]
     """Image files, folders of them, patterns such as 'photos/*.jpg', or - for a list on standard input, one a line."""
     weights: Path
-    """The detector's model file."""
+    """The detector's model file, or a checkpoint of mmdetection."""
     out: Path | None = None
     """A new or empty folder for the drawings; runs/detect-predict, with a number where that is taken, unless given."""
     json: Path | None = None
@@ -46,8 +47,7 @@ class DetectPredict:
     given, and classes have the ids of the data that the detector was trained on."""
     min_score: float = 0.3
     """Boxes that score no higher are left out; COCO's evaluation takes those above 0.05."""
-    size: int | None = None
-    """Side of the square in pixels into which pictures are fitted, instead of the model's."""
+    reading: DetectorReading = field(default_factory=DetectorReading)
     speed: Speed = field(default_factory=lambda: Speed(batch=4))
 
 
@@ -59,16 +59,13 @@ def detect_predict(args: list[str]) -> int:
     _check(given)
     given.out = run_folder(given.out, "detect-predict", resume=False, first=True)
     from triscale.commands.prediction import listed_files
-    from triscale.detect.model_file import load_detector
     from triscale.latency import set_threads
     from triscale.predict import image_files
 
     files = image_files(listed_files(given.files))
     if not files:
         raise ValueError(f"no image files in {', '.join(given.files)}")
-    net, card = load_detector(given.weights)
-    if given.size is not None:
-        card = replace(card, preprocess=replace(card.preprocess, size=given.size))
+    net, card = given.reading.open("detect predict", given.weights)
     ids: Sequence[int] = range(1, len(files) + 1)
     if given.ids is not None:
         ids, categories = ids_by_name(given.ids, files, card.classes)
@@ -85,8 +82,8 @@ def _check(given: DetectPredict) -> None:
     given.speed.check()
     if not 0 <= given.min_score <= 1:
         raise ValueError(f"--min-score: expected a number from 0 to 1, found {given.min_score:g}")
-    if given.size is not None and not 1 <= given.size <= MAX_SIZE:
-        raise ValueError(f"--size: expected 1 to {MAX_SIZE} pixels, found {given.size}")
+    if given.reading.size is not None and not 1 <= given.reading.size <= MAX_SIZE:
+        raise ValueError(f"--size: expected 1 to {MAX_SIZE} pixels, found {given.reading.size}")
     if given.json is not None and given.json.exists():
         raise ValueError(f"--json {given.json}: exists already; give another")
 
