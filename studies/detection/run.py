@@ -85,7 +85,7 @@ def table(results: dict[str, Any]) -> str:
             f"| {run['label']} | {run['params'] / 1e6:.2f} M | {run['macs'] / 1e9:.2f} G | {numbers} | {classes} | {run['seconds'] / 60:.1f} |"
         )
     recipe, images = results["runs"][0]["recipe"], results["runs"][0]["test"]["images"]
-    said = f"{images} test images, after {recipe['epochs']} epochs; one seed. {results['machine']}; minutes are those of the whole command."
+    said = f"{images} test images, after {recipe['epochs']} epochs; one seed. {results['machine']}; minutes are those of the whole command, {results['beside']}."
     return "\n".join([*rows, "", said])
 
 
@@ -110,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--weights", type=Path, help="of the first row's B0")
+    parser.add_argument("--beside", default="with nothing else on the machine", help="what else it had to do, for the page")
     parser.add_argument("--page", action="store_true", help="make the page from results.json alone")
     given, more = parser.parse_known_args()
     if not given.page:
@@ -118,7 +119,10 @@ def main() -> None:
         runs = []
         for label, backbone, pretrained in ROWS:
             runs.append(train(label, backbone, given.data.resolve(), given.weights.resolve() if pretrained else None, more))
-            RESULTS.write_text(json.dumps({"machine": machine(), "options": [*OPTIONS, *more], "runs": runs}, indent=1) + "\n", encoding="utf-8")
+            RESULTS.write_text(
+                json.dumps({"machine": machine(), "beside": given.beside, "options": [*OPTIONS, *more], "runs": runs}, indent=1) + "\n",
+                encoding="utf-8",
+            )
     page()
 
 
