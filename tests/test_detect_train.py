@@ -281,6 +281,15 @@ def test_unreadable_images_are_left_out_and_told(tmp_path, boxes):
     assert sum("left out" in text and "gone/" in text for text in told) == 2
 
 
+def test_one_image_whose_coarsest_map_is_one_place_is_refused_before_the_first_step(tmp_path, boxes):
+    """7 images at batch 7 in parts of 3 leave one alone."""
+    for batch_size, micro_batch in ((1, 0), (4, 1), (7, 3)):
+        recipe, running = replace(RECIPE, batch_size=batch_size), Running(Plan(micro_batch=micro_batch), workers=1)
+        with pytest.raises(ValueError, match="one image of 64 px at a time, whose map of stride 128 is a single place"):
+            list(detector_run(tmp_path / "run", boxes, ARCH, PREPROCESS, recipe, "cells", running))
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_without_a_split_to_judge_by_or_with_other_classes_is_refused(boxes):
     with pytest.raises(DataError, match="a val or a test split"):
         Boxes(boxes.train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -80,7 +81,7 @@ class Computing:
 
 @dataclass
 class DetectTrain:
-    """Train a RetinaNet on any backbone of these networks, on boxes in COCO's format; write a run folder with its model file and log."""
+    """Train a RetinaNet on any backbone of these networks, on boxes in COCO's format; write a run folder with its model file, log and report."""
 
     data: tyro.conf.Positional[str]
     """A folder with annotations/instances_train.json and instances_val.json or instances_test.json and its images, as COCO has it; or
@@ -138,20 +139,34 @@ def detect_train(args: list[str]) -> int:
         _describe(options, arch, boxes, running, preprocess)
     scores = _Told()
     events = detector_run(out, boxes, arch, preprocess, options.settings, options.data, running, start)
-    follow(events, out, options.settings.epochs, options.settings.batch_size, scores.line)
+    follow(scores.hear(events), out, options.settings.epochs, options.settings.batch_size, scores.line)
     if not FIRST:
         return 0
+    from triscale.report import render
+
     print(scores.summary())
-    print(f"model: {out / 'model.safetensors'}; scores: {out / 'scores.json'}")
-    left_out = [line for part in (boxes.train, boxes.val, boxes.test) if part for line in part.left_out]
+    print(f"model: {out / 'model.safetensors'}; scores: {out / 'scores.json'}; report: {render(out)}")
+    left_out = [line for part in (boxes.train, boxes.val, boxes.test) if part for line in part.left_out] + scores.left_out
+    if left_out:
+        print(f"{len(left_out)} images could not be used and were left out", file=sys.stderr)
     return 1 if left_out and PROCESSES == 1 else 0
 
 
 class _Told:
-    """What the run's evaluations said last."""
+    """What the run's evaluations said last, and the images that it left out."""
 
     def __init__(self) -> None:
-        self.last = ""
+        self.last, self.left_out = "", list[str]()
+
+    def hear(self, events: Iterator[object]) -> Iterator[object]:
+        """The same events, the images left out kept."""
+        from triscale.detect.run import LEFT_OUT
+        from triscale.train.loop import Note
+
+        for event in events:
+            if isinstance(event, Note) and event.text.startswith(LEFT_OUT):
+                self.left_out.append(event.text)
+            yield event
 
     def line(self, event: object) -> str:
         from triscale.detect.events import Evaluated

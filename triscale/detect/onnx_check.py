@@ -75,7 +75,7 @@ def _pictures(batch: int, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
 
 
 def _run(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors

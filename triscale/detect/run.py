@@ -1,7 +1,7 @@
 """Training a detector: the run and its folder.
 
 A run folder holds recipe.json, arch.json (the DetectorArch), log.jsonl, model.safetensors (the last finished epoch), scores.json (the
-final numbers), and states/ to resume from.
+final numbers), samples.npz and found.npz (for the report), and states/ to resume from.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from triscale.data.sources import DataError
 from triscale.detect.batches import BoxBatches
 from triscale.detect.coco import BoxData
-from triscale.detect.evaluate import Scores, check_evaluator, coco_results, coco_scores
+from triscale.detect.evaluate import Results, Scores, check_evaluator, coco_results, coco_scores
 from triscale.detect.events import Evaluated
+from triscale.detect.kept import Drawn, marked, nothing, write_found, write_seen
 from triscale.detect.losses import Target
 from triscale.detect.model_file import DetectorCard, load_detector, save_detector
 from triscale.detect.retinanet import Outputs
@@ -32,13 +34,13 @@ from triscale.run_log import RunLog
 from triscale.train.dist import World, local_batch, sharded, world
 from triscale.train.events import Resumed, Running, Saved
 from triscale.train.loop import EpochEnd, Note, Step
-from triscale.train.plan import Plan
 from triscale.train.run import Run
 from triscale.train.state import TrainState
 from triscale.train.syncnorm import share_norms
 from triscale.version import __version__
 
 SCORES = "scores.json"
+LEFT_OUT = "left out: "  # begins the note of an image that could not be read
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,12 @@ class Boxes:
         for i, entry in enumerate(self.train.images):
             boxes, labels = self.train.targets(i)
             check = zlib.crc32(labels.tobytes(), zlib.crc32(boxes.tobytes(), zlib.crc32(repr(entry).encode(errors="surrogateescape"), check)))
+        return {"images": self.counts(), "boxes": f"{check:08x}"}
+
+    def counts(self) -> dict[str, int]:
+        """Images of each split."""
         parts = {"train": self.train, "val": self.val, "test": self.test}
-        return {"images": {name: len(part) if part else 0 for name, part in parts.items()}, "boxes": f"{check:08x}"}
+        return {name: len(part) if part else 0 for name, part in parts.items()}
 
 
 def box_batches(data: BoxData, preprocess: Preprocess, recipe: DetectorRecipe, running: Running, share: tuple[int, int] = (0, 1)) -> BoxBatches:
@@ -129,9 +135,12 @@ class _Task:
         self.plan, self.start = running.plan, start
         self.batches = box_batches(boxes.train, preprocess, recipe, running, (here.rank, here.size))
         self.loop: Recipe = recipe.loop(len(self.batches))
+        share = local_batch(self.batches.size, here)
+        together = min(self.plan.micro_batch or share, share)  # images that a process computes at a time
+        _check_norms(arch, share % together or together)
         network = start_detector(arch, boxes.train.classes, preprocess.channels, recipe, start)
         self.net, self.fresh = network.net.to(here.device), network.said
-        norms = _share_norms(self.net.backbone, recipe, self.plan, self.batches.size, here)
+        norms = _share_norms(self.net.backbone, recipe, together, here)
         build = (lambda kind, groups, **o: sharded(kind, groups, here, **o)) if running.shard else None
         self.state = TrainState(self.net, self.loop, build, network.prepare)
         self.identity: dict[str, Any] = {
@@ -156,10 +165,19 @@ class _Task:
         return {**about, "recipe": DetectorRecipe.from_dict(about["recipe"]).to_dict()}
 
     def begin(self) -> None:
-        """There are no pictures to keep."""
+        """Augmented training views with their boxes, for the report."""
+        write_seen(self.out, self._views(), self.name, self.boxes.train, self.boxes.counts())
+
+    def _views(self) -> Iterator[Drawn]:
+        """Those of the first epoch, in its order, as the network gets them."""
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
+        for images, targets, numbers in self.batches.epoch(0):
+            for image, target, name in zip(images, targets, self.batches.names(numbers), strict=True):
+                pixels = (image.cpu() * std + mean).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+                yield Drawn(name, pixels, marked(target.boxes.cpu().numpy(), target.labels.cpu().numpy()), nothing())
 
     def said(self) -> list[str]:
-        return [*self.fresh, *(f"left out: {reason}" for reason in (*self.batches.left_out.values(), *self.unreadable))]
+        return [*self.fresh, *(f"{LEFT_OUT}{reason}" for reason in (*self.batches.left_out.values(), *self.unreadable))]
 
     def share(self, everyones: Callable[[list[str]], list[str]]) -> None:
         self.unreadable |= dict.fromkeys(everyones(list(self.batches.left_out.values())))
@@ -188,16 +206,22 @@ class _Task:
         path, (on, data) = self.out / "model.safetensors", self.boxes.final
         net, card = load_detector(path)
         self.net.load_state_dict(net.state_dict())
-        scores = self._scores(data)
+        found = self._found(data)
+        scores = coco_scores(data, found.rows, left_out=found.unreadable)
         measured = {**card.measured, **{f"{on}_{name}": value for name, value in scores.numbers.items() if value == value}}
         save_detector(path, self.net, replace(card, measured=measured))
         write_scores(self.out / SCORES, scores, on)
+        write_found(self.out, data, found.rows, scores, left_out=found.unreadable)
         yield Evaluated(int(card.provenance["epoch"]), 0.0, scores, seconds, self.net, on)
 
     def _scores(self, data: BoxData) -> Scores:
+        found = self._found(data)
+        return coco_scores(data, found.rows, left_out=found.unreadable)
+
+    def _found(self, data: BoxData) -> Results:
         found = coco_results(self.net, data, self.preprocess, batch=self.plan.micro_batch or 8)
         self.unreadable |= dict.fromkeys(found.unreadable.values())
-        return coco_scores(data, found.rows, left_out=found.unreadable)
+        return found
 
 
 def write_scores(path: Path, scores: Scores, on: str) -> None:
@@ -210,11 +234,20 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: None if value != value else value for key, value in values.items()}
 
 
-def _share_norms(backbone: Any, recipe: DetectorRecipe, plan: Plan, images: int, here: World) -> int:
-    """The backbone's norms over all processes, in place, where the recipe says so; returns how many images they see."""
-    share = local_batch(images, here)
-    together = min(plan.micro_batch or share, share)
+def _check_norms(arch: DetectorArch, images: int) -> None:
+    """Raises ValueError where a batch norm would see a single value: one image at a time, the coarsest map a single place."""
+    stride = arch.pyramid.strides[-1]
+    if images == 1 and arch.backbone.resolution <= stride and (arch.pyramid.norm or arch.head.norm):
+        found = (
+            f"one image of {arch.backbone.resolution} px at a time, whose map of stride {stride} is a single place, with no variance to normalise by"
+        )
+        raise ValueError(f"{found}; a --size above {stride} or a larger --batch-size or --micro-batch has one")
+
+
+def _share_norms(backbone: nn.Module, recipe: DetectorRecipe, images: int, here: World) -> int:
+    """The backbone's norms over all processes, in place, where the recipe says so; returns how many images they see. images: at a
+    time in each process."""
     if recipe.sync_norms and not recipe.freeze_norms and here.size > 1:
         share_norms(backbone, here, here.size)
-        return together * here.size
-    return together
+        return images * here.size
+    return images

@@ -54,7 +54,7 @@ def write_samples(folder: Path, images: np.ndarray, labels: Any, classes: Sequen
     labels = np.asarray(labels, dtype=np.int64)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or labels.shape != images.shape[:1]:
         raise ValueError(f"samples: expected (n, S, S, 1 or 3) uint8 and n labels, found {images.shape} {images.dtype} and {labels.shape}")
-    _save(folder / SAMPLES, {"images": images, "labels": labels, "classes": np.array(list(classes), dtype=np.str_)})
+    save_arrays(folder / SAMPLES, {"images": images, "labels": labels, "classes": np.array(list(classes), dtype=np.str_)})
 
 
 def write_held_out(folder: Path, logits: np.ndarray, labels: Any, names: Sequence[str], images_of: Callable[[list[int]], list[np.ndarray]]) -> None:
@@ -72,7 +72,7 @@ def write_held_out(folder: Path, logits: np.ndarray, labels: Any, names: Sequenc
     worst = worst_mistakes(labels, top, probability)[:MISTAKES]
     pictures = images_of(worst) if worst else []
     body = {"labels": labels, "top": top, "probability": probability, "names": np.array(list(names), dtype=np.str_)}
-    _save(folder / HELD_OUT, body | {"thumbnails": _thumbnails(pictures), "thumbnail_of": np.array(worst, dtype=np.int64)})
+    save_arrays(folder / HELD_OUT, body | {"thumbnails": _thumbnails(pictures), "thumbnail_of": np.array(worst, dtype=np.int64)})
 
 
 def worst_mistakes(labels: np.ndarray, top: np.ndarray, probability: np.ndarray) -> list[int]:
@@ -83,7 +83,7 @@ def worst_mistakes(labels: np.ndarray, top: np.ndarray, probability: np.ndarray)
 
 def read_samples(folder: Path) -> Samples | None:
     """None where there is no samples.npz. Raises LogError."""
-    body = _load(folder / SAMPLES, ("images", "labels"))
+    body = load_arrays(folder / SAMPLES, ("images", "labels"))
     if body is not None and (body["images"].ndim != 4 or len(body["labels"]) != len(body["images"])):
         raise LogError(f"{folder / SAMPLES}: expected as many labels as images (n, S, S, C)")
     return None if body is None else Samples(body["images"], body["labels"], tuple(str(c) for c in body.get("classes", ())))
@@ -92,7 +92,7 @@ def read_samples(folder: Path) -> Samples | None:
 def read_held_out(folder: Path) -> HeldOut | None:
     """None where there is no held_out.npz, as while a training runs. Raises LogError."""
     names = ("labels", "top", "probability", "names", "thumbnails", "thumbnail_of")
-    body = _load(folder / HELD_OUT, names)
+    body = load_arrays(folder / HELD_OUT, names)
     if body is None:
         return None
     found = HeldOut(*(body[name] for name in names))
@@ -135,7 +135,7 @@ def _thumbnails(pictures: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack(out)
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # given a name, numpy would add .npz to it
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
@@ -143,7 +143,7 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_whole(path, write)
 
 
-def _load(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray] | None:
+def load_arrays(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray] | None:
     """All arrays of the file, `wanted` among them; None where there is no such file."""
     if not path.is_file():
         return None

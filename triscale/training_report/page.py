@@ -1,4 +1,4 @@
-"""The page of a training, during it and after: result, curves, what the network saw, what it gets wrong, where the time went."""
+"""What the pages of all trainings have: the first sentences, where the time went, notes, settings, pictures."""
 
 from __future__ import annotations
 
@@ -12,56 +12,34 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from triscale.commands.confusion import confusion_plot
-from triscale.cost_model import cost, table
-from triscale.evaluate import Row, Scores, wilson
 from triscale.quantities import short
 from triscale.report import svg
 from triscale.run_log import Log, StepLine
 from triscale.text import printable
-from triscale.training_report.folder import Run, read_run
-from triscale.training_report.plots import PARTS, curves, has_windows, time_bar
+from triscale.training_report.folder import Run
+from triscale.training_report.plots import PARTS, Panel, brief, curves, has_windows, time_bar
 
-SHOWN = 24  # augmented samples
 SHARP = 64  # pixels: pictures up to this side are drawn with their pixels as squares
+PNG = b"\x89PNG"
 SLOW = 0.2  # share of the time spent waiting for data from which on the page says so
 
 
-def training_page(folder: Path) -> dict[str, Any]:
-    """What report.html is filled with. Files that are not there yet leave their part out. Raises ReportError."""
-    run = read_run(folder)
-    parts = [_curves(run), _samples(run), _confusion(run), _mistakes(run), _time(run), _notes(run), _settings(run), _network(run)]
-    data = run.card.provenance.get("data") if run.card else None
-    name = (run.arch.name if run.arch else None) or "network"
-    title = f"{name} on {Path(str(data)).name or data}" if data else f"{name}: training"
-    return {"title": printable(title), "lead": _lead(run), "sections": [part for part in parts if part]}
+def title(name: str, data: Any) -> str:
+    """data: what the run calls its data, None where it isn't known."""
+    return printable(f"{name} on {Path(str(data)).name or data}" if data else f"{name}: training")
 
 
-def _lead(run: Run) -> str:
-    rate, planned = _rate(run.log), f" of {run.planned}" if run.planned else ""
-    speed = f" at {short(rate)} images/s" if rate else ""
-    network = "The network"
-    if run.arch:
-        c = cost(run.arch, max(1, len(run.classes)), _channels(run))
-        network = f"{run.arch.name or network} at {run.arch.resolution} px ({short(c.macs)} MACs, {short(c.params)} parameters)"
+def lead(run: Run, network: str, result: str) -> str:
+    """The first sentences. network: what is trained, with its size and cost; result: how good it is, as far as it is known."""
+    speed, planned = rate(run.log), f" of {run.planned}" if run.planned else ""
+    at = f" at {short(speed)} images/s" if speed else ""
     if not run.epochs:
         last = run.log.steps[-1]
-        return printable(f"Still in its first epoch{planned}, step {last.step:,} of {last.steps:,}, loss {last.loss:.3f}. {network} trains{speed}.")
-    trained = f"{network} trained for {run.epochs} epoch{'s' * (run.epochs != 1)}, {duration(run.log.epochs[-1].seconds)}{speed}."
+        return printable(f"Still in its first epoch{planned}, step {last.step:,} of {last.steps:,}, loss {last.loss:.3f}. {network} trains{at}.")
+    trained = f"{network} trained for {run.epochs} epoch{'s' * (run.epochs != 1)}, {duration(run.log.epochs[-1].seconds)}{at}."
     if run.finished:
-        return printable(f"{_accuracy(run)}. {trained}")
-    return printable(f"Not finished, {run.epochs}{planned} epochs done. So far {_accuracy(run)}. {trained}")
-
-
-def _accuracy(run: Run) -> str:
-    if run.held_out is not None and len(run.held_out.labels):
-        right, n = int((run.held_out.top[:, 0] == run.held_out.labels).sum()), len(run.held_out.labels)
-        low, high = wilson(right, n)
-        return f"{100 * right / n:.2f} % of {n:,} held-out images right (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    measured = [e.top1 for e in run.log.epochs if e.top1 is not None]
-    if measured:
-        return f"{100 * measured[-1]:.2f} % of the {run.measured_on} images right"
-    return f"training loss {run.log.epochs[-1].loss:.3f}, held-out accuracy not measured"
+        return printable(f"{result}. {trained}")
+    return printable(f"Not finished, {run.epochs}{planned} epochs done. So far {result}. {trained}")
 
 
 def duration(seconds: float) -> str:
@@ -74,13 +52,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _channels(run: Run) -> int:
-    if run.card:
-        return run.card.preprocess.channels
-    return int(run.samples.images.shape[3]) if run.samples else 3
-
-
-def _per_epoch(run: Run) -> float | None:
+def per_epoch(run: Run) -> float | None:
     """Steps in an epoch: from a finished one, else from the plan."""
     for epoch in reversed(run.log.epochs):
         if epoch.step and epoch.epoch > 0:
@@ -90,89 +62,31 @@ def _per_epoch(run: Run) -> float | None:
     return None
 
 
+def rate(log: Log) -> float | None:
+    """Images a second in training, where it was measured."""
+    seconds = sum(s.seconds for s in _measured(log))
+    return sum(s.images for s in _measured(log)) / seconds if seconds else None
+
+
 def _measured(log: Log) -> Sequence[StepLine]:
     """The windows whose times count. The first holds what happens once: compilation, full caches, the loader's start."""
     timed = [s for s in log.steps if s.seconds > 0]
     return timed[1:] if len(timed) > 3 else timed
 
 
-def _rate(log: Log) -> float | None:
-    seconds = sum(s.seconds for s in _measured(log))
-    return sum(s.images for s in _measured(log)) / seconds if seconds else None
-
-
-def _curves(run: Run) -> dict[str, Any]:
-    many = len(run.classes) > 20  # of few classes the right one is nearly always among five
-    figure = curves(run.log, _per_epoch(run), top5=many, on=run.measured_on)
+def curves_part(run: Run, measured: Panel | None) -> dict[str, Any]:
+    """measured: what was measured after the epochs, None where nothing was."""
     texts = []
     if has_windows(run.log) and run.log.epochs:
         texts.append("Training loss: thick, the mean of each epoch; thin, the mean of each window of steps. Its images are augmented.")
     if run.recipe.get("label_smoothing"):
         texts.append(f"With label smoothing {_text(run.recipe['label_smoothing'])} the loss of a perfect network is not 0.")
-    return {"title": "How it went", "plot": svg(figure), "texts": texts}
+    return {"title": "How it went", "plot": svg(curves(run.log, per_epoch(run), measured)), "texts": texts}
 
 
-def _samples(run: Run) -> dict[str, Any] | None:
-    if run.samples is None or not len(run.samples.images):
-        return None
-    cards = []
-    for image, label in list(zip(run.samples.images, run.samples.labels, strict=True))[:SHOWN]:
-        name = run.name(int(label))
-        cards.append({**_picture(image), "alt": f"a training image of class {name}", "text": name})
-    return {"title": "What the network sees", "texts": ["Training images after augmentation, as the network gets them."], "cards": cards}
-
-
-def _confusion(run: Run) -> dict[str, Any] | None:
-    held = run.held_out
-    if held is None or not len(held.labels):
-        return None
-    count = max(len(run.classes), int(held.labels.max()) + 1, int(held.top.max()) + 1)
-    scores = Scores(count)
-    for i, (label, top, probability) in enumerate(zip(held.labels.tolist(), held.top.tolist(), held.probability[:, 0].tolist(), strict=True)):
-        kept = tuple(c for c in top if c >= 0)
-        scores.rows[i] = Row(label, kept, probability if kept else 0.0)
-    names = [run.name(c) for c in range(count)]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
-        picture = svg(confusion_plot(scores, names))
-    pairs = [f"{names[a]} taken for {names[b]}: {n}" for a, b, n in scores.confused(3) if n > 1]
-    texts = [f"Most often {'; '.join(pairs)}."] if pairs else []
-    if scores.broken:
-        texts.append(f"{scores.broken} images gave outputs that are not finite; they count as wrong and are in no cell.")
-    return {"title": "Which classes it confuses", "natural": picture, "texts": texts}
-
-
-def _mistakes(run: Run) -> dict[str, Any] | None:
-    held = run.held_out
-    if held is None or not len(held.thumbnails):
-        return None
-    cards = []
-    for image, i in zip(held.thumbnails, held.thumbnail_of.tolist(), strict=True):
-        said = f"is {run.name(int(held.labels[i]))},\nsaid {run.name(int(held.top[i, 0]))}, {100 * held.probability[i, 0]:.0f}\N{NO-BREAK SPACE}%"
-        cards.append({**_picture(image), "alt": printable(str(held.names[i])), "text": said})
-    text = "Held-out images that it is wrong about, the most certain first, with the probability of what it said."
-    return {"title": "Its worst mistakes", "cards": cards, "texts": [text]}
-
-
-def _picture(image: np.ndarray) -> dict[str, Any]:
-    """A picture's data for the page. Small ones are kept exactly."""
-    pixels = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    small = max(pixels.size) <= SHARP
-    if max(pixels.size) > 2 * SHARP:
-        pixels.thumbnail((2 * SHARP, 2 * SHARP), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    if max(image.shape[:2]) <= 2 * SHARP:
-        pixels.save(buffer, "PNG")
-        kind = "png"
-    else:
-        pixels.save(buffer, "JPEG", quality=90)
-        kind = "jpeg"
-    return {"image": f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode(), "small": small}
-
-
-def _time(run: Run) -> dict[str, Any] | None:
-    windows, rate = _measured(run.log), _rate(run.log)
-    if rate is None:
+def time_part(run: Run) -> dict[str, Any] | None:
+    windows, speed = _measured(run.log), rate(run.log)
+    if speed is None:
         return None
     steps, total = sum(s.window for s in windows), sum(s.seconds for s in windows)
     sums = [sum(getattr(s, field) * s.window for s in windows) for _, field, _, _ in PARTS]
@@ -180,25 +94,19 @@ def _time(run: Run) -> dict[str, Any] | None:
     wait = sums[0] / total
     advice = " It waits for its images: a faster loader would speed it up." if wait > SLOW else ""
     first = " without the first window, which holds the start" if len(windows) < sum(s.seconds > 0 for s in run.log.steps) else ""
-    text = f"A step takes {1000 * total / steps:.3g} ms; {100 * wait:.0f} % of it is waiting for data.{advice} Mean over {steps:,} steps{first}."
-    return {"title": f"Where the time goes: {short(rate)} images/s", "plot": bar, "texts": [text]}
+    text = f"A step takes {brief(total / steps)}; {100 * wait:.0f} % of it is waiting for data.{advice} Mean over {steps:,} steps{first}."
+    return {"title": f"Where the time goes: {short(speed)} images/s", "plot": bar, "texts": [text]}
 
 
-def _notes(run: Run) -> dict[str, Any] | None:
-    per = _per_epoch(run)
+def notes_part(run: Run) -> dict[str, Any] | None:
+    per = per_epoch(run)
     again = [f"Resumed after step {step:,}{f', epoch {step / per:.1f}' if per else ''}." for step in run.log.resumed]
     notes = [printable(text) for text in run.log.notes]
     return {"title": "Notes", "list": notes + again} if notes or again else None
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    facts = {k: v for k, v in (run.card.provenance if run.card else {}).items() if k != "recipe"}
-    if run.classes:
-        facts["classes"] = len(run.classes)
-    if run.held_out is not None:
-        facts["held_out images"] = len(run.held_out.labels)
-    if run.card:
-        facts |= {f"preprocess {k}": v for k, v in run.card.preprocess.to_dict().items() if k != "format"}
+def settings_part(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe, and facts about what was trained on what."""
     recipe = {k: v for k, v in run.recipe.items() if k != "format"}
     return {"title": "Recipe, and what it was run on", "side": [_rows(recipe), _rows(facts)]}
 
@@ -225,8 +133,27 @@ def _text(value: Any) -> str:
     return printable(str(value))
 
 
-def _network(run: Run) -> dict[str, Any] | None:
-    if run.arch is None:
-        return None
-    text = table(run.arch, max(1, len(run.classes)), _channels(run))
-    return {"title": "The network", "summary": "Table 1: every stage, with its cost", "details": [text]}
+def with_names(figure: Any) -> str:
+    """A figure that has names of classes in it, as SVG: one in a script that the font lacks is no reason for a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        return svg(figure)
+
+
+def small_picture(image: np.ndarray) -> dict[str, Any]:
+    """A card's picture (H, W, 1 or 3) uint8, at most 2 SHARP pixels a side. Small ones are kept exactly."""
+    pixels = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    small = max(pixels.size) <= SHARP
+    exact = max(pixels.size) <= 2 * SHARP
+    pixels.thumbnail((2 * SHARP, 2 * SHARP), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    if exact:
+        pixels.save(buffer, "PNG")
+    else:
+        pixels.save(buffer, "JPEG", quality=90)
+    return {"image": address(buffer.getvalue()), "small": small}
+
+
+def address(file: bytes) -> str:
+    """A PNG's or a JPEG's bytes as the address of a picture."""
+    return f"data:image/{'png' if file.startswith(PNG) else 'jpeg'};base64," + base64.b64encode(file).decode()

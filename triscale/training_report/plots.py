@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from triscale.report import BLUE
 from triscale.run_log import Log, StepLine
@@ -19,16 +19,30 @@ PARTS = (
 )
 
 
-def curves(log: Log, per_epoch: float | None, *, top5: bool, on: str = "held-out") -> Any:
-    """A Figure: accuracy, training loss, learning rate, one below the other against epochs.
+class Line(NamedTuple):
+    """label: what stands at its end. points: (epoch, value)."""
 
-    per_epoch: steps in an epoch, to place the lines of steps; None leaves those out. top5: draw it too. on: the images of the accuracy.
+    label: str
+    points: Sequence[tuple[int, float]]
+
+
+class Panel(NamedTuple):
+    """What was measured after the epochs: the first line is drawn thick, a second one, which lies above it, dashed. whole: from 0 up."""
+
+    title: str
+    lines: Sequence[Line]
+    whole: bool = False
+
+
+def curves(log: Log, per_epoch: float | None, measured: Panel | None) -> Any:
+    """A Figure: what was measured, training loss, learning rate, one below the other against epochs.
+
+    per_epoch: steps in an epoch, to place the lines of steps; None leaves those out.
     """
     from matplotlib.figure import Figure
 
     lines = [(s.step / per_epoch, s) for s in log.steps] if per_epoch else []
     resumed = [step / per_epoch for step in log.resumed] if per_epoch else []
-    measured = [e for e in log.epochs if e.top1 is not None]
     rates = [(x, s.lr) for x, s in lines] or [(float(e.epoch), e.lr) for e in log.epochs if e.lr is not None]
     heights = [2.0 if measured else 0, 2.0, 1.1 if rates else 0]
     shown = [h for h in heights if h]
@@ -36,8 +50,7 @@ def curves(log: Log, per_epoch: float | None, *, top5: bool, on: str = "held-out
     all_axes = list(figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=shown)[:, 0])
     left = list(all_axes)
     if measured:
-        _accuracy(left.pop(0), [e.epoch for e in measured], [(e.top1, e.top5) for e in measured], top5)
-        all_axes[0].set_title(f"{on} accuracy, %", loc="left", fontsize=10)
+        _measured(left.pop(0), measured)
     _loss(left.pop(0), log, lines)
     if rates:
         axes = left.pop(0)
@@ -66,18 +79,20 @@ def has_windows(log: Log) -> bool:
     return len(log.steps) > 2 * len(log.epochs)
 
 
-def _accuracy(axes: Any, epochs: Sequence[int], values: Sequence[tuple[float | None, float | None]], top5: bool) -> None:
-    marker = "o" if len(epochs) <= MARKED else None
-    first = [100 * (v[0] or 0.0) for v in values]
-    axes.plot(epochs, first, color=BLUE, linewidth=2, marker=marker, markersize=4, clip_on=False)
-    apart = 0
-    five = [(e, 100 * v[1]) for e, v in zip(epochs, values, strict=True) if v[1] is not None]
-    if top5 and five:
-        axes.plot(*zip(*five, strict=True), "--", color=DARK, linewidth=1.2, marker=marker, markersize=3, clip_on=False)
-        low, high = axes.get_ylim()
-        apart = 6 if five[-1][1] - first[-1] < 0.15 * (high - low) else 0
-        _end(axes, *five[-1], f"top-5 {five[-1][1]:.2f}", DARK, apart)
-    _end(axes, epochs[-1], first[-1], f"{'top-1 ' if top5 and five else ''}{first[-1]:.2f}", BLUE, -apart)
+def _measured(axes: Any, panel: Panel) -> None:
+    first, *others = panel.lines
+    marker = "o" if len(first.points) <= MARKED else None
+    axes.plot(*zip(*first.points, strict=True), color=BLUE, linewidth=2, marker=marker, markersize=4, clip_on=False)
+    for line in others:
+        axes.plot(*zip(*line.points, strict=True), "--", color=DARK, linewidth=1.2, marker=marker, markersize=3, clip_on=False)
+    if panel.whole:
+        axes.set_ylim(bottom=0)
+    (low, high), apart = axes.get_ylim(), 0
+    for line in others:
+        apart = 6 if line.points[-1][1] - first.points[-1][1] < 0.15 * (high - low) else 0
+        _end(axes, *line.points[-1], line.label, DARK, apart)
+    _end(axes, *first.points[-1], first.label, BLUE, -apart)
+    axes.set_title(panel.title, loc="left", fontsize=10)
 
 
 def _loss(axes: Any, log: Log, lines: Sequence[tuple[float, StepLine]]) -> None:
@@ -95,6 +110,11 @@ def _end(axes: Any, x: float, y: float, text: str, colour: str, up: float = 0) -
     axes.annotate(text, (x, y), (7, up), textcoords="offset points", va="center", fontsize=9, weight="bold", color=colour, annotation_clip=False)
 
 
+def brief(seconds: float) -> str:
+    """0.0123 -> 12.3 ms."""
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
+
+
 def time_bar(shares: Sequence[tuple[float, float]]) -> Any:
     """A Figure: one bar of the four PARTS. shares: of each, its share of the time, 0 to 1, and its seconds a step."""
     from matplotlib.figure import Figure
@@ -103,7 +123,7 @@ def time_bar(shares: Sequence[tuple[float, float]]) -> Any:
     axes = figure.add_axes((0, 0.4, 1, 0.6))
     left = 0.0
     for (name, _, shade, hatch), (share, seconds) in zip(PARTS, shares, strict=True):
-        label = f"{name} {100 * share:.0f} %, {1000 * seconds:.3g} ms"
+        label = f"{name} {100 * share:.0f} %, {brief(seconds)}"
         axes.barh(0, share, left=left, color=shade, hatch=hatch, edgecolor=DARK, linewidth=0.8, label=label)
         left += share
     axes.set_xlim(0, 1)
