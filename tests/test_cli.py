@@ -121,7 +121,7 @@ def test_a_scaled_network_is_saved_and_read_again(tmp_path, here):
 
 
 def test_latency_budget_measures_this_machine(tmp_path, here):
-    made = here(tmp_path, "scale", "mobilenet_v2", "--latency", "3ms", "--macs", "60M")
+    made = here(tmp_path, "scale", "mobilenet_v2", "--latency", "200ms", "--macs", "60M")
     assert made.returncode == 0, made.stderr
     assert "latency" in made.stdout
     assert "bound by" in made.stdout
