@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from triscale.naming import unknown
-from triscale.recipe import FORMAT, Recipe, RecipeError
+from triscale.recipe import FORMAT, Recipe, RecipeError, check_kinds
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["steps", "cosine"]
+Keep = Literal["last", "best"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class DetectorRecipe:
     decay_factor: float = 0.1
     """Of steps."""
     warmup_steps: int = 1000
-    """Steps in which the rate rises linearly from warmup_from of it."""
+    """Steps in which the rate rises linearly from warmup_from of it; at most a third of all steps, which is told."""
     warmup_from: float = 0.1
     """Share of the rate that the warm-up begins with."""
     momentum: float = 0.9
@@ -59,15 +60,22 @@ class DetectorRecipe:
     """The backbone's batch norms over all processes' images, not each process's own."""
     freeze_norms: bool = False
     """The backbone's batch norms run by the statistics they were loaded with; their weights and biases are trained."""
+    keep: Keep = "last"
+    """The model of the last epoch, or the best by AP on val."""
     seed: int = 0
     """Of initial weights, order, views and drop connect."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+        for name, known in (("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule)), ("keep", get_args(Keep))):
+            if getattr(self, name) not in known:
+                raise RecipeError(f"DetectorRecipe.{name}: {unknown(name, getattr(self, name), known)}")
         if not 0 < self.scale_from <= self.scale_to <= 10:
             raise RecipeError(f"DetectorRecipe.scale_from, scale_to: expected 0 < from <= to <= 10, found {self.scale_from!r} and {self.scale_to!r}")
-        if type(self.warmup_steps) is not int or self.warmup_steps < 0:
-            raise RecipeError(f"DetectorRecipe.warmup_steps: expected a whole number from 0, found {self.warmup_steps!r}")
-        object.__setattr__(self, "decay_at", self.loop(1).decay_at)  # which checks the others
+        try:
+            object.__setattr__(self, "decay_at", self.loop(1).decay_at)  # which checks the others
+        except RecipeError as error:
+            raise RecipeError(f"Detector{error}") from None
 
     @property
     def ratios(self) -> tuple[float, float]:

@@ -172,13 +172,7 @@ class Recipe:
     """Of initial weights, order, augmentation and dropout."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(Recipe)
-        for f in fields(self):
-            value, kind = getattr(self, f.name), hints[f.name]
-            if kind is float and type(value) is int:
-                object.__setattr__(self, f.name, value := float(value))
-            if kind in (int, float, bool) and (type(value) is not kind or not math.isfinite(value) or value < 0):
-                raise RecipeError(f"Recipe.{f.name}: expected a {kind.__name__} from 0, found {value!r}")
+        check_kinds(self)
         drops = self.decay_at
         if not isinstance(drops, (tuple, list)) or not all(type(at) in (int, float) and math.isfinite(at) and at > 0 for at in drops):
             raise RecipeError(f"Recipe.decay_at: expected epochs above 0, found {drops!r}"[:200])
@@ -220,6 +214,17 @@ class Recipe:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
         return _from_dict(Recipe, data)
+
+
+def check_kinds(recipe: Any) -> None:
+    """Whole numbers given for a float field of a frozen recipe become floats. Raises RecipeError for another kind, or below 0."""
+    hints = get_type_hints(type(recipe))
+    for f in fields(recipe):
+        value, kind = getattr(recipe, f.name), hints[f.name]
+        if kind is float and type(value) is int:
+            object.__setattr__(recipe, f.name, value := float(value))
+        if kind in (int, float, bool) and (type(value) is not kind or not math.isfinite(value) or value < 0):
+            raise RecipeError(f"{type(recipe).__name__}.{f.name}: expected a {kind.__name__} from 0, found {value!r}")
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,7 +12,7 @@ import tyro
 from triscale.architecture import Arch
 from triscale.commands import TYRO
 from triscale.commands.bars import bars
-from triscale.commands.following import FIRST, PROCESSES, StopSignal, follow
+from triscale.commands.following import FIRST, PROCESSES, StopSignal, available_cores, follow, named_recipe
 from triscale.commands.networks import read_arch
 from triscale.commands.run_folder import run_folder
 from triscale.detector import DetectorArch, detector_cost, retinanet, scale_detector
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from triscale.train.events import Running
     from triscale.train.plan import Plan
 
+SOME = 8  # classes, up to which each is told
 PLAIN = 512  # pixels: what --phi scales from
 
 
@@ -70,7 +69,7 @@ class Computing:
     micro_batch: int = 0
     """Images at a time; 0: all of a process's share of the batch. Each part is normalised by its own number of positive anchors."""
     memory: str | None = None
-    """The largest --micro-batch whose step's tensors fit this, e.g. 8GB, counted in float32."""
+    """The largest --micro-batch whose step's tensors fit this, e.g. 8GB, counted in float32 without --recompute."""
     recompute: bool = False
     """Keep only the backbone's blocks' outputs, and compute what is inside them again in the backward pass."""
     compile: bool = False
@@ -112,8 +111,7 @@ class DetectTrain:
 
 def _options(args: list[str]) -> DetectTrain:
     """Parsed twice: the named recipe gives the defaults that the other options override."""
-    name = next((args[i + 1] for i, a in enumerate(args[:-1]) if a == "--recipe"), None)
-    name = next((a.split("=", 1)[1] for a in args if a.startswith("--recipe=")), name) or "coco-1x"
+    name = named_recipe(args) or "coco-1x"
     default = DetectTrain(data=tyro.MISSING, recipe=name, settings=detector_recipe(name))
     return tyro.cli(DetectTrain, args=args, default=default, prog="triscale detect train", config=TYRO)
 
@@ -121,11 +119,14 @@ def _options(args: list[str]) -> DetectTrain:
 def detect_train(args: list[str]) -> int:
     """Trains and reports. Returns the exit status: 1 where images were left out; for torchrun that would be a crash, so there 0."""
     options = _options(args)
+    from triscale.commands.running import available
     from triscale.detect.evaluate import check_evaluator
     from triscale.detect.run import detector_run
     from triscale.latency import set_threads
 
     check_evaluator()
+    if options.computing.device != "auto":
+        available(options.computing.device, PROCESSES)  # told before the data are read
     set_threads(options.computing.threads)
     if options.out is None and PROCESSES > 1:
         raise ValueError("--out: several processes need to be told their folder")
@@ -139,14 +140,14 @@ def detect_train(args: list[str]) -> int:
         _describe(options, arch, boxes, running, preprocess)
     scores = _Told()
     events = detector_run(out, boxes, arch, preprocess, options.settings, options.data, running, start)
-    follow(scores.hear(events), out, options.settings.epochs, options.settings.batch_size, scores.line)
+    follow(events, out, options.settings.epochs, options.settings.batch_size, scores.line)
     if not FIRST:
         return 0
     from triscale.report import render
 
-    print(scores.summary())
+    print(f"epoch {scores.epoch}'s model on {scores.summary}")
     print(f"model: {out / 'model.safetensors'}; scores: {out / 'scores.json'}; report: {render(out)}")
-    left_out = [line for part in (boxes.train, boxes.val, boxes.test) if part for line in part.left_out] + scores.left_out
+    left_out = [line for part in (boxes.train, boxes.val, boxes.test) if part for line in part.left_out] + list(scores.left_out)
     if left_out:
         print(f"{len(left_out)} images could not be used and were left out", file=sys.stderr)
     return 1 if left_out and PROCESSES == 1 else 0
@@ -156,33 +157,22 @@ class _Told:
     """What the run's evaluations said last, and the images that it left out."""
 
     def __init__(self) -> None:
-        self.last, self.left_out = "", list[str]()
+        self.summary, self.epoch, self.left_out = "", 0, tuple[str, ...]()
 
-    def hear(self, events: Iterator[object]) -> Iterator[object]:
-        """The same events, the images left out kept."""
-        from triscale.detect.run import LEFT_OUT
-        from triscale.train.loop import Note
-
-        for event in events:
-            if isinstance(event, Note) and event.text.startswith(LEFT_OUT):
-                self.left_out.append(event.text)
-            yield event
-
-    def line(self, event: object) -> str:
+    def line(self, event: object) -> str | None:
         from triscale.detect.events import Evaluated
 
         assert isinstance(event, Evaluated)
         n = event.scores.numbers
-        loss = f"loss {event.train_loss:.4f}, " if event.train_loss else ""
         by_class = ", ".join(f"{c.name} {100 * c.AP50:.1f}" for c in event.scores.classes if c.AP50 == c.AP50)
         numbers = f"box AP {100 * n['AP']:.1f}, AP50 {100 * n['AP50']:.1f}, AP75 {100 * n['AP75']:.1f}"
-        self.last = f"{event.on}, {event.scores.images} images: {numbers}" + (
-            f"; AP50 by class: {by_class}" if len(event.scores.classes) <= 8 else ""
-        )
-        return f"epoch {event.epoch}: {loss}{event.on} {numbers}, {event.seconds:.0f} s"
-
-    def summary(self) -> str:
-        return self.last
+        self.summary = f"{event.on}, {event.scores.images} images: {numbers}"
+        if len(event.scores.classes) <= SOME:
+            self.summary += f"; AP50 by class: {by_class}"
+        self.epoch, self.left_out = event.epoch, event.left_out
+        if event.train_loss:
+            return f"epoch {event.epoch}: loss {event.train_loss:.4f}, {event.on} {numbers}, {event.seconds:.0f} s"
+        return None  # the summary tells it
 
 
 def _beginning(options: DetectTrain) -> tuple[Arch | None, Start | None, Preprocess]:
@@ -222,6 +212,12 @@ def _arch(shape: Shape, backbone: Arch | None, start: Start | None) -> DetectorA
         arch = load_detector(start.source)[1].arch
     else:
         arch = retinanet(backbone or "efficientnet_b3", PLAIN if shape.phi is not None else 896)
+    if shape.detector is not None and start and not start.detector and backbone is not None:
+        own, theirs = arch.backbone.numerics, backbone.numerics
+        if (own.padding, own.norm_eps, own.activation) != (theirs.padding, theirs.norm_eps, theirs.activation):
+            found = f"{own.padding} padding, eps {own.norm_eps:g}, {own.activation}"
+            wanted = f"{theirs.padding} padding, eps {theirs.norm_eps:g}, {theirs.activation}"
+            raise ValueError(f"--detector {shape.detector}: {found}, and {start.label} was trained with {wanted}; give it the weights' own")
     if shape.size is not None:
         arch = replace(arch, backbone=replace(arch.backbone, resolution=shape.size))
     if shape.width is not None:
@@ -257,7 +253,7 @@ def _running(options: DetectTrain, arch: DetectorArch, classes: int) -> Running:
     from triscale.train.plan import Plan
 
     c = options.computing
-    workers = c.workers if c.workers is not None else min(8, len(os.sched_getaffinity(0)))
+    workers = c.workers if c.workers is not None else min(8, available_cores())
     if workers < 1 or options.save_every < 0:
         raise ValueError(f"--workers and --save-every: expected 1 and 0 or more, found {workers} and {options.save_every}")
     plan = Plan(c.device, c.precision, c.micro_batch, c.recompute, c.compile)
@@ -287,7 +283,8 @@ def _fitted(plan: Plan, options: DetectTrain, arch: DetectorArch, classes: int) 
         if detector_memory(arch, classes, at_once).training(slots) <= limit:
             return replace(plan, micro_batch=0 if parts == 1 else at_once)
     needed = detector_memory(arch, classes, 1).training(slots)
-    raise ValueError(f"--memory: a step of one image needs {short(needed)}B; a smaller --size, --width or backbone fits")
+    advice = "a smaller --size, --width or backbone fits, or --micro-batch 1 --recompute, which isn't counted"
+    raise ValueError(f"--memory: a step of one image needs {short(needed)}B; {advice}")
 
 
 def _describe(options: DetectTrain, arch: DetectorArch, boxes: Boxes, running: Running, preprocess: Preprocess) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,22 @@ from triscale.commands.run_folder import undo
 
 # Of the processes that torchrun has started, if it has; the first one speaks.
 PROCESSES, FIRST = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+
+
+def named_recipe(args: Sequence[str]) -> str | None:
+    """The last --recipe among the arguments: its settings are the defaults of the other options, so it is looked for first."""
+    name = None
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        if word == "--recipe":
+            name = following
+        elif word.startswith("--recipe="):
+            name = word.split("=", 1)[1]
+    return name
+
+
+def available_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class StopSignal:
@@ -58,6 +74,8 @@ def follow(events: Iterator[Any], out: Path, epochs: int, batch_size: int, line:
                     saved = event.epoch
                 elif isinstance(event, Resumed):
                     saved, text = event.epoch - 1, f"going on from step {event.step}, in epoch {event.epoch}"
+                    if event.epoch > epochs:
+                        text = f"trained already, {event.step} steps; judged once more"
                 elif isinstance(event, Note):
                     text = event.text
                 else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import os
 import re
 import shlex
 import shutil
@@ -19,6 +18,7 @@ import tyro
 
 from triscale.architecture import Arch
 from triscale.commands.fitting import fitted
+from triscale.commands.following import available_cores
 from triscale.commands.networks import read_arch
 from triscale.commands.run_folder import run_folder
 from triscale.files import cache_folder, write_text
@@ -99,7 +99,7 @@ class Job:
             from triscale.commands.running import available
 
             available(asked.device)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = available_cores()
         self.workers = asked.workers if asked.workers is not None else max(1, cores - spare) if asked.device == "cpu" else 1
         self.threads = asked.threads if asked.threads is not None else max(1, cores // max(1, self.workers))
         self.proxy = ProxyScore(data, asked.data_dir, asked.settings, asked.share, self.threads, asked.device, asked.crop_padding)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from triscale.commands.following import named_recipe
 from triscale.commands.search_job import Asked, Job
 from triscale.quantities import count, seconds
 from triscale.recipes import named
@@ -68,8 +69,7 @@ def options(kind: Any, args: list[str], name: str) -> Any:
 
     if find_spec("optuna") is None:
         raise ValueError("searches are carried out by Optuna: pip install 'triscale[search]', or pip install optuna")
-    recipe = next((args[i + 1] for i, a in enumerate(args[:-1]) if a == "--recipe"), None)
-    recipe = next((a.split("=", 1)[1] for a in args if a.startswith("--recipe=")), recipe) or "proxy"
+    recipe = named_recipe(args) or "proxy"
     default = kind(data=tyro.MISSING, common=Asked(recipe=recipe, settings=named(recipe)))
     given = tyro.cli(kind, args=args, default=default, prog=f"triscale {name}", config=TYRO)
     if given.data == "digits" and "--flip" not in args:  # a mirrored digit is another digit, or none

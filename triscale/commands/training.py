@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from triscale.architecture import Arch
 from triscale.commands import TYRO
 from triscale.commands.bars import bars
 from triscale.commands.fitting import SMALL, fitted
-from triscale.commands.following import FIRST, PROCESSES, StopSignal, follow
+from triscale.commands.following import FIRST, PROCESSES, StopSignal, available_cores, follow, named_recipe
 from triscale.commands.networks import read_arch
 from triscale.commands.run_folder import run_folder
 from triscale.quantities import count, short
@@ -101,8 +100,7 @@ class Train:
 
 def train_options(args: list[str]) -> Train:
     """Parsed twice: the named recipe gives the defaults that the other options override."""
-    name = next((args[i + 1] for i, a in enumerate(args[:-1]) if a == "--recipe"), None)
-    name = next((a.split("=", 1)[1] for a in args if a.startswith("--recipe=")), name) or "quick"
+    name = named_recipe(args) or "quick"
     default = Train(data=tyro.MISSING, recipe=name, settings=_settings(name, args))
     options = tyro.cli(Train, args=args, default=default, prog="triscale train", config=TYRO)
     if options.data == "digits" and "--flip" not in args:  # a mirrored digit is another digit, or none
@@ -205,7 +203,7 @@ def _running(options: Train, arch: Arch, data: Data, channels: int) -> Running:
     from triscale.train.plan import Plan, fit_memory
 
     c = options.computing
-    workers = c.workers if c.workers is not None else min(8, len(os.sched_getaffinity(0))) if data.streamed else 0
+    workers = c.workers if c.workers is not None else min(8, available_cores()) if data.streamed else 0
     if workers < 0 or options.save_every < 0:
         raise ValueError(f"--workers and --save-every: expected 0 or more, found {workers} and {options.save_every}")
     plan = Plan(c.device, c.precision, c.micro_batch, c.recompute, c.compile)

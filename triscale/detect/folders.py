@@ -10,6 +10,7 @@ from typing import NamedTuple
 from triscale.data.sources import DataError
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+ROBOFLOW = "_annotations.coco.json"
 IMAGES = ("images", "JPEGImages", "imgs", "")
 
 
@@ -23,9 +24,9 @@ class Source(NamedTuple):
 def find_split(data: str | os.PathLike[str], split: str, images: str | os.PathLike[str] | None = None) -> Source:
     """The split train, val or test of a folder, or of the JSON file that `data` is. images: the folder of the pictures, where known.
 
-    Known are DATA/annotations/instances_SPLIT*.json (COCO's own have a year), DATA/SPLIT.json, and DATA/SPLIT/_annotations.coco.json
-    (Roboflow); pictures in DATA/SPLIT*, DATA/images/SPLIT*, DATA/images, DATA/JPEGImages, DATA, or beside the JSON. Raises
-    DataError that tells what was looked for.
+    Known are DATA/annotations/instances_SPLIT*.json (COCO's own have a year), DATA/annotations/SPLIT.json, DATA/SPLIT.json, and
+    DATA/SPLIT/_annotations.coco.json (Roboflow); pictures in DATA/SPLIT*, DATA/images/SPLIT*, DATA/images, DATA/JPEGImages, DATA, or
+    beside the JSON. Raises DataError that tells what was looked for.
     """
     root = Path(data)
     if root.is_file():
@@ -53,14 +54,15 @@ def has_split(data: str | os.PathLike[str], split: str) -> bool:
 def _jsons(root: Path, split: str) -> Iterator[Path]:
     for name in SPLITS[split]:
         folder = root / "annotations"
-        exact = [folder / f"instances_{name}.json", root / f"{name}.json", root / name / "_annotations.coco.json"]
-        yield from (there := [path for path in exact if path.is_file()] or sorted(folder.glob(f"instances_{name}[0-9]*.json")))
+        exact = [folder / f"instances_{name}.json", folder / f"{name}.json", root / f"{name}.json", root / name / ROBOFLOW]
+        dated = [*folder.glob(f"instances_{name}[0-9]*.json"), *root.glob(f"instances_{name}[0-9]*.json")]
+        yield from (there := [path for path in exact if path.is_file()] or sorted(dated))
         if there:
             return
 
 
 def _pictures(root: Path, json: Path, split: str) -> Path:
-    if json.parent.name in SPLITS[split]:  # beside it
+    if json.name == ROBOFLOW:  # beside it
         return json.parent
     label = json.stem.removeprefix("instances_")
     names = dict.fromkeys((label, *SPLITS[split]))

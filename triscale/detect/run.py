@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from triscale.data.sources import DataError
 from triscale.detect.batches import BoxBatches
 from triscale.detect.coco import BoxData
-from triscale.detect.evaluate import Results, Scores, check_evaluator, coco_results, coco_scores
+from triscale.detect.evaluate import Results, Scores, check_evaluator, coco_results, coco_scores, matched_ids
 from triscale.detect.events import Evaluated
 from triscale.detect.kept import Drawn, marked, nothing, write_found, write_seen
 from triscale.detect.losses import Target
@@ -40,13 +40,13 @@ from triscale.train.syncnorm import share_norms
 from triscale.version import __version__
 
 SCORES = "scores.json"
-LEFT_OUT = "left out: "  # begins the note of an image that could not be read
 
 
 @dataclass(frozen=True)
 class Boxes:
     """What a detector is trained and judged on. val: after every epoch, where it isn't None; test: at the end, the final numbers;
-    without it they are those on val. Both have the classes of `train`."""
+    without it they are those on val. Both have the classes of `train`, by name. Raises DataError where they
+    haven't, or a split has no boxes."""
 
     train: BoxData
     val: BoxData | None = None
@@ -55,11 +55,14 @@ class Boxes:
     def __post_init__(self) -> None:
         if self.val is None and self.test is None:
             raise DataError("expected boxes to judge the detector by: a val or a test split")
-        for name, part in (("val", self.val), ("test", self.test)):
-            if part is not None and part.classes != self.train.classes:
+        for name, part in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if part is not None and not part.counts().any():
+                what = "to learn" if part is self.train else "to be found"
+                raise DataError(f"{name}: expected boxes {what}, found none in its {len(part)} images")
+            if part is not None and set(part.classes) != set(self.train.classes):
                 gone, new = ([c for c in a.classes if c not in b.classes] for a, b in ((self.train, part), (part, self.train)))
-                what = "; ".join(f"{', '.join(c[:5])} {how}" for c, how in ((gone, "missing"), (new, "new")) if c) or "another order of ids"
-                raise DataError(f"{name}: other classes than those of train: {what}")
+                what = "; ".join(f"{', '.join(c[:5])} {how}" for c, how in ((gone, "missing"), (new, "new")) if c)
+                raise DataError(f"{name}: other classes than those of train: {what}; give both JSON files the same categories")
 
     @property
     def final(self) -> tuple[str, BoxData]:
@@ -69,11 +72,13 @@ class Boxes:
         return "val", self.val
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells one data set from another: counts, and a sum over the training images' names and boxes."""
+        """What tells one data set from another: counts, and a sum over all images' names and boxes."""
         check = 0
-        for i, entry in enumerate(self.train.images):
-            boxes, labels = self.train.targets(i)
-            check = zlib.crc32(labels.tobytes(), zlib.crc32(boxes.tobytes(), zlib.crc32(repr(entry).encode(errors="surrogateescape"), check)))
+        for part in (self.train, self.val, self.test):
+            for i, entry in enumerate(part.images if part else ()):
+                assert part is not None
+                boxes, labels = part.targets(i)
+                check = zlib.crc32(labels.tobytes(), zlib.crc32(boxes.tobytes(), zlib.crc32(repr(entry).encode(errors="surrogateescape"), check)))
         return {"images": self.counts(), "boxes": f"{check:08x}"}
 
     def counts(self) -> dict[str, int]:
@@ -132,14 +137,16 @@ class _Task:
         here: World,
     ) -> None:
         self.out, self.boxes, self.preprocess, self.recipe, self.arch, self.name = out, boxes, preprocess, recipe, arch, name
-        self.plan, self.start = running.plan, start
+        self.plan, self.start, self.workers = running.plan, start, running.workers
+        if recipe.keep == "best" and boxes.val is None:
+            raise ValueError("--keep best: by AP on val, and there is no val split; last goes with that")
         self.batches = box_batches(boxes.train, preprocess, recipe, running, (here.rank, here.size))
-        self.loop: Recipe = recipe.loop(len(self.batches))
+        self.loop: Recipe = replace(recipe, batch_size=self.batches.size).loop(len(self.batches))
         share = local_batch(self.batches.size, here)
         together = min(self.plan.micro_batch or share, share)  # images that a process computes at a time
         _check_norms(arch, share % together or together)
         network = start_detector(arch, boxes.train.classes, preprocess.channels, recipe, start)
-        self.net, self.fresh = network.net.to(here.device), network.said
+        self.net, self.noted = network.net.to(here.device), [*network.said, *self._shortened()]
         norms = _share_norms(self.net.backbone, recipe, together, here)
         build = (lambda kind, groups, **o: sharded(kind, groups, here, **o)) if running.shard else None
         self.state = TrainState(self.net, self.loop, build, network.prepare)
@@ -151,10 +158,19 @@ class _Task:
             "data": boxes.fingerprint(),
             "weights": network.weights,
             "images a norm": norms,
-            "images at a time": self.plan.micro_batch,
+            "images at a time": together,
         }
         self.files = {"recipe.json": json.dumps(recipe.to_dict(), indent=1), "arch.json": arch.to_json()}
         self.best, self.unreadable = -1.0, dict[str, None]()
+        self.latest: tuple[int, Results, Scores] | None = None  # the last epoch judged on val by this process
+
+    def _shortened(self) -> Iterator[str]:
+        """What the recipe asks for and so small a data set hasn't."""
+        if (size := self.batches.size) < self.recipe.batch_size:
+            yield f"batches of {size} images, as there are no more, instead of {self.recipe.batch_size}; the learning rate is for {size}"
+        steps = round(self.loop.warmup_epochs * len(self.batches))
+        if steps < self.recipe.warmup_steps:
+            yield f"a warm-up of {steps} steps, a third of all, instead of {self.recipe.warmup_steps}"
 
     def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Tensor:
         """The sum of both losses, float32."""
@@ -177,19 +193,29 @@ class _Task:
                 yield Drawn(name, pixels, marked(target.boxes.cpu().numpy(), target.labels.cpu().numpy()), nothing())
 
     def said(self) -> list[str]:
-        return [*self.fresh, *(f"{LEFT_OUT}{reason}" for reason in (*self.batches.left_out.values(), *self.unreadable))]
+        return [*self.noted, *(f"left out: {reason}" for reason in self.left_out())]
+
+    def left_out(self) -> tuple[str, ...]:
+        """Why each image that couldn't be read so far was left out."""
+        return tuple(dict.fromkeys((*self.batches.left_out.values(), *self.unreadable)))
 
     def share(self, everyones: Callable[[list[str]], list[str]]) -> None:
         self.unreadable |= dict.fromkeys(everyones(list(self.batches.left_out.values())))
 
     def evaluate(self, event: EpochEnd, log: RunLog, seconds: float) -> Iterator[Evaluated | Saved]:
         """The numbers on val, where there is one, and the model's file."""
-        epoch = event.epoch + 1
-        scores = self._scores(self.boxes.val) if self.boxes.val is not None else None
+        epoch, scores = event.epoch + 1, None
+        if self.boxes.val is not None:
+            found, scores = self._judged("val", self.boxes.val)
+            self.latest = epoch, found, scores
         ap, ap50 = (scores.numbers["AP"], scores.numbers["AP50"]) if scores else (None, None)
         log.epoch(epoch=epoch, step=self.state.step, loss=event.loss, seconds=seconds, ap=ap, ap50=ap50)
         if scores:
-            yield Evaluated(epoch, event.loss, scores, seconds, self.net, "val")
+            yield Evaluated(epoch, event.loss, scores, seconds, self.net, "val", self.left_out())
+        if self.recipe.keep == "best" and ap is not None:
+            if ap <= self.best:
+                return
+            self.best = ap
         path = self.out / "model.safetensors"
         provenance: dict[str, Any] = {"data": self.name, "epoch": epoch, "triscale": __version__, "recipe": self.recipe.to_dict()}
         if self.start:
@@ -205,23 +231,25 @@ class _Task:
         """The final numbers: those of the model in the file."""
         path, (on, data) = self.out / "model.safetensors", self.boxes.final
         net, card = load_detector(path)
-        self.net.load_state_dict(net.state_dict())
-        found = self._found(data)
-        scores = coco_scores(data, found.rows, left_out=found.unreadable)
+        epoch = int(card.provenance["epoch"])
+        if on == "val" and self.latest and self.latest[0] == epoch:
+            _, found, scores = self.latest
+        else:
+            self.net.load_state_dict(net.state_dict())
+            found, scores = self._judged(on, data)
         measured = {**card.measured, **{f"{on}_{name}": value for name, value in scores.numbers.items() if value == value}}
-        save_detector(path, self.net, replace(card, measured=measured))
+        save_detector(path, net, replace(card, measured=measured))
         write_scores(self.out / SCORES, scores, on)
         write_found(self.out, data, found.rows, scores, left_out=found.unreadable)
-        yield Evaluated(int(card.provenance["epoch"]), 0.0, scores, seconds, self.net, on)
+        yield Evaluated(epoch, 0.0, scores, seconds, self.net, on, self.left_out())
 
-    def _scores(self, data: BoxData) -> Scores:
-        found = self._found(data)
-        return coco_scores(data, found.rows, left_out=found.unreadable)
-
-    def _found(self, data: BoxData) -> Results:
-        found = coco_results(self.net, data, self.preprocess, batch=self.plan.micro_batch or 8)
+    def _judged(self, on: str, data: BoxData) -> tuple[Results, Scores]:
+        ids = matched_ids(self.boxes.train.classes, data)
+        found = coco_results(self.net, data, self.preprocess, category_ids=ids, batch=self.plan.micro_batch or 8, workers=self.workers or None)
         self.unreadable |= dict.fromkeys(found.unreadable.values())
-        return found
+        if found.broken:
+            self.noted.append(f"{on}: outputs not finite for {len(found.broken)} of {len(data)} images, where nothing counts as found")
+        return found, coco_scores(data, found.rows, left_out=found.unreadable)
 
 
 def write_scores(path: Path, scores: Scores, on: str) -> None:

@@ -72,7 +72,8 @@ def _from_detector(net: Detector, classes: tuple[str, ...], start: Start, label:
     other, card = load_detector(start.source)
     if other.arch.trunk != net.arch.trunk or other.in_channels != net.in_channels:
         there, here = (d.backbone.name or "another network" for d in (card.arch, net.arch))
-        raise ValueError(f"{label}: its backbone is {there}, and not the {here} that is to be trained; give its own, or leave --backbone out")
+        differs = f"{there}, and not the {here}" if there != here else f"another {there} (shape or numerics) than the one"
+        raise ValueError(f"{label}: its backbone is {differs} that is to be trained; --backbone and --detector can be left out")
     same = {"backbone": True, "pyramid": other.arch.pyramid == net.arch.pyramid}
     same["head"] = same["pyramid"] and (other.arch.head, other.arch.anchors) == (net.arch.head, net.arch.anchors)
     own = net.state_dict()
