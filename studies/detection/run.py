@@ -85,7 +85,8 @@ def table(results: dict[str, Any]) -> str:
             f"| {run['label']} | {run['params'] / 1e6:.2f} M | {run['macs'] / 1e9:.2f} G | {numbers} | {classes} | {run['seconds'] / 60:.1f} |"
         )
     recipe, images = results["runs"][0]["recipe"], results["runs"][0]["test"]["images"]
-    said = f"{images} test images, after {recipe['epochs']} epochs; one seed. {results['machine']}; minutes are those of the whole command, {results['beside']}."
+    said = f"{images} test images, after {recipe['epochs']} epochs; one seed. {results['machine']}; "
+    said += f"minutes are those of the whole command, {results['beside']}."
     return "\n".join([*rows, "", said])
 
 
