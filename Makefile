@@ -3,7 +3,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench gpu clean
 
 # Installed means the stamp is newer than what it was made from; a stopped install leaves no stamp and is repeated.
 $(VENV)/.installed: pyproject.toml
@@ -33,6 +33,11 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	@$(BIN)/python -m benchmarks.run
+
+# Installs nothing, for a machine with a GPU may reach no index: takes the environment if it is there, else the system's Python.
+# make gpu PARTS="tests kernels-b0"
+gpu:
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu $(PARTS)
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

@@ -1,7 +1,7 @@
 """Runs every benchmark with pinned cores; writes results/*.json with versions and machine, and docs/benchmarks.md from them.
 
 python -m benchmarks.run [startup] [forward_b0] [training_step] [predict] [detection] [memory] [loader] [search_overhead]
-[search_sharing]
+[search_sharing] [optimized]
 """
 
 import importlib
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import detection, loader, search_overhead, search_sharing
+from benchmarks import detection, loader, optimized, search_overhead, search_sharing
 from benchmarks.forward_b0 import ratios
 from triscale.report import DEMO_HEADER, demo_plot, demo_rows, verdict
 
@@ -22,7 +22,7 @@ RESULTS, PAGE, README = HERE / "results", HERE.parent / "docs" / "benchmarks.md"
 DEMO = HERE.parent / "studies" / "demo" / "results.json"
 CORES = {
     **{"startup": 2, "forward_b0": 1, "training_step": 2, "predict": 2, "detection": 2},
-    **{"memory": 2, "loader": 2, "search_overhead": 1, "search_sharing": 2},
+    **{"memory": 2, "loader": 2, "search_overhead": 1, "search_sharing": 2, "optimized": 1},
 }
 
 
@@ -158,6 +158,9 @@ def page():
                 f"- {r['padding']} padding, bfloat16: {r['ratio']:.3f} of {r['against']}'s time" for r in ratios(rows, ("channels-last, bfloat16",))
             ]
         parts.append("triscale against each peer with the same padding, each in its better format (below 1: faster):\n\n" + "\n".join(lines))
+    if "optimized" in bodies:
+        parts += ["## EfficientNet-B0 optimised, forward, batch 1 at 224 px, one thread", about(bodies["optimized"])]
+        parts += [p if isinstance(p, str) else table(*p) for p in optimized.described(bodies["optimized"]["rows"])]
     if "predict" in bodies:
         rows = bodies["predict"]["rows"]
         cells = [[r["what"], f"{r['images_per_s']:.1f}", f"{r['min']:.1f} to {r['max']:.1f}" if r["min"] else "—"] for r in rows]

@@ -41,7 +41,7 @@ LAYERS = (
         "version",
     },
     {"blocks", "kernels", "latency", "model"},
-    {"data", "evaluate", "explain", "run_log", "train", "weights"},
+    {"data", "evaluate", "explain", "inference", "run_log", "train", "weights"},
     {"classify", "deploy", "detect", "predict", "reproduce", "search", "transfer"},
     {"__init__", "__main__", "cli", "commands", "demo", "report", "search_report", "serve", "training_report"},
 )

@@ -39,6 +39,7 @@ _HOME = {
     "class_activation": "explain",
     "grad_cam": "explain",
     "time_callable": "latency",
+    "optimize": "inference",
 }
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "load_weights",
     "names",
     "open_model",
+    "optimize",
     "scale",
     "time_callable",
 ]
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from triscale.cost_model import Cost, cost
     from triscale.explain import class_activation, grad_cam
     from triscale.families import arch, names
+    from triscale.inference import optimize
     from triscale.latency import time_callable
     from triscale.model import ConvNet, build
     from triscale.recipe import Preprocess, Recipe

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
+from typing import Literal
 
 from triscale.commands.networks import read_arch
 from triscale.quantities import short
@@ -12,7 +14,17 @@ from triscale.text import aligned
 PAPER_TABLE_4 = "The paper's Table 4 (one core of a Xeon E5-2690): ResNet-152 0.554 s, EfficientNet-B1 0.098 s, a ratio of 5.7."
 
 
-def bench(names: list[str], /, *, relative_to: str | None = None, batch: int = 1, threads: int = 1, runs: int = 20) -> int:
+def bench(
+    names: list[str],
+    /,
+    *,
+    relative_to: str | None = None,
+    batch: int = 1,
+    threads: int = 1,
+    runs: int = 20,
+    device: str = "cpu",
+    engine: Literal["auto", "torch"] | None = None,
+) -> int:
     """Latency of networks by the paper's Table 4 protocol: batch 1, one CPU thread, 20 runs, mean and spread.
 
     The networks take turns, run by run, so that a machine whose speed drifts treats them alike.
@@ -23,6 +35,9 @@ def bench(names: list[str], /, *, relative_to: str | None = None, batch: int = 1
         batch: images at a time.
         threads: CPU threads.
         runs: timed runs of each network.
+        device: cpu, cuda, auto (cuda where there is one), or another device of torch.
+        engine: auto, what is fastest (on an NVIDIA GPU kernels of our own in bfloat16), or torch, the network as it is; on a CPU torch
+            unless given, which is the paper's protocol.
     """
     if min(batch, runs) < 1:
         raise ValueError(f"--batch and --runs: expected 1 or more, found {batch} and {runs}")
@@ -31,13 +46,19 @@ def bench(names: list[str], /, *, relative_to: str | None = None, batch: int = 1
     archs.setdefault(reference, read_arch(reference))
     import torch
 
+    from triscale.commands.running import available
     from triscale.cost_model import cost
+    from triscale.inference import optimize
     from triscale.latency import forward_call, time_in_turn
     from triscale.model import build
 
+    device = available(device)
+    fast = (engine or ("torch" if device == "cpu" else "auto")) == "auto"
     torch.set_flush_denormal(True)  # random deep networks fade into denormals, which trained ones don't have
     torch.manual_seed(0)
-    calls = {n: forward_call(build(a), torch.randn(batch, 3, a.resolution, a.resolution)) for n, a in archs.items()}
+    tell = lambda text: print(f"triscale bench: {text.removeprefix('optimize: ')}", file=sys.stderr)  # noqa: E731
+    nets = {n: optimize(build(a).to(device).eval(), engine="auto" if fast else "torch", tell=tell) for n, a in archs.items()}
+    calls = {n: forward_call(net, torch.randn(batch, 3, *[archs[n].resolution] * 2, device=device)) for n, net in nets.items()}
     timings = time_in_turn(calls, runs=runs, threads_used=threads)
     base = timings[reference].median
     rows = []
@@ -46,9 +67,10 @@ def bench(names: list[str], /, *, relative_to: str | None = None, batch: int = 1
         macs = cost(archs[name]).macs
         rate = f"{macs * batch / t.median / 1e9:.1f}"
         rows.append((name, f"{archs[name].resolution}", short(macs), *seconds, rate, f"{t.median / base:.2f}"))
-    print(
-        f"batch {batch}, {threads} thread{'s' * (threads > 1)}, {runs} runs in turn, torch {torch.__version__}, eager, channels-last, float32, in ms"
-    )
+    where = f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
+    fast = fast and not any(isinstance(net.engine, str) for net in nets.values())  # nothing faster here
+    how = f"optimised, {'float32' if device == 'cpu' else 'bfloat16'}" if fast else "eager, channels-last, float32"
+    print(f"batch {batch}, {where}, {runs} runs in turn, torch {torch.__version__}, {how}, in ms")
     print(aligned(("network", "px", "MACs", "mean", "sd", "median", "fastest", "GMAC/s", f"/ {reference}"), rows))
     if {"resnet152", "efficientnet_b1"} <= set(archs):
         print(f"\n{PAPER_TABLE_4}")

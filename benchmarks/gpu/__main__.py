@@ -1,0 +1,127 @@
+"""Every GPU test and benchmark that is ready, in parts of at most eight minutes, each of which can be run alone.
+
+    python -m benchmarks.gpu [PART...]       all parts, or those named; results/PART.json each, then docs/gpu.md
+    python -m benchmarks.gpu carry DIR ...   gathers what has to travel to a machine without an index
+    python -m benchmarks.gpu code            compiles the kernels for sm_90, without a GPU, for the predictions
+    python -m benchmarks.gpu page            writes docs/gpu.md from the results
+
+Nothing is installed. What the machine lacks may lie in a folder that `carry` made, given by --carried or $TRISCALE_CARRIED. The
+first lines tell what is there and which parts are skipped for the lack of what. Without a GPU nothing is run: status 0.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu import carrying, code, machine, page
+from benchmarks.gpu.parts import LIMIT, PARTS, chosen, missing
+from benchmarks.gpu.record import path_of, read, write
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+GRACE = 5.0  # seconds beyond its own limit before a part is killed
+
+
+def main(arguments):
+    commands = {"carry": carrying.main, "code": lambda _: code.main(RESULTS), "page": lambda _: page.main(RESULTS)}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    options = parsed(arguments)
+    found = machine.carried(options.carried)
+    machine.add_wheels(found)
+    if not machine.have("torch"):
+        print("no torch here: nothing to run")
+        return 0
+    about = machine.described("cpu" if options.rehearse else "cuda")
+    for line in machine.inventory(found, about):
+        print(line)
+    if about["device"] is None and not options.rehearse:
+        print("no NVIDIA GPU that torch can use: nothing to run. `--rehearse` tries the parts on the CPU, with tiny shapes")
+        return 0
+    ready = []
+    for part in chosen(options.parts):
+        lacks = missing(part, found)
+        print(f"{'skipped' if lacks else 'to run '}  {part.name:<20} {part.about}{': needs ' + ', '.join(lacks) if lacks else ''}")
+        ready += [] if lacks else [part]
+    print(f"at most {len(ready) * options.limit / 60:.0f} minutes", flush=True)
+    broken = [part.name for part in ready if not run(part, options)]
+    if options.out == RESULTS:
+        page.main(RESULTS)
+    if broken:
+        print(f"not done: {', '.join(broken)}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def parsed(arguments):
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(p.name for p in PARTS)}; or a beginning: peers, peers-training")
+    parser.add_argument("--carried", default=os.environ.get("TRISCALE_CARRIED"), help="a folder that `carry` made; $TRISCALE_CARRIED")
+    parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds of a part, up to {LIMIT:.0f}")
+    parser.add_argument("--out", type=Path, help="the folder of the records; benchmarks/gpu/results unless given")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU with tiny shapes, to try the parts themselves; needs --out")
+    options = parser.parse_args(arguments)
+    if not 30 <= options.limit <= LIMIT:
+        parser.error(f"--limit: expected 30 to {LIMIT:.0f} seconds, found {options.limit:g}")
+    if options.rehearse and options.out is None:
+        parser.error("--rehearse: give --out too; a rehearsal's figures must not lie among the results")
+    try:
+        chosen(options.parts)
+        machine.carried(options.carried)
+    except ValueError as error:
+        parser.error(str(error))
+    options.out = options.out or RESULTS
+    return options
+
+
+def run(part, options):
+    """Whether the part came to its end, with something found."""
+    print(f"== {part.name}", flush=True)
+    start, before = time.monotonic(), written(options.out, part)
+    more = [*(["--carried", options.carried] if options.carried else []), *(["--rehearse"] if options.rehearse else [])]
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", part.name, str(options.limit), str(options.out.resolve()), *more]
+    status = supervised(command, options.limit + GRACE)
+    body = closed(options.out, part, status) if written(options.out, part) != before else None
+    ended, rows = (body["ended"], len(body["rows"])) if body else ("nothing written", 0)
+    print(f"   {ended}, {rows} rows, {time.monotonic() - start:.0f} s", flush=True)
+    return ended in ("done", "out of time") and rows > 0
+
+
+def supervised(command, seconds):
+    """The exit status of `command`, run from the repository; None where it was killed after `seconds`. Its children die with it."""
+    child = subprocess.Popen(command, cwd=HERE.parent.parent, process_group=0)
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def closed(out, part, status):
+    """The part's record, marked as killed or crashed where its process could not end it. status: `supervised`'s."""
+    body = read(out, part.name)
+    if body["ended"] == "running":
+        body["ended"] = "killed at the limit" if status is None else "crashed"
+        write(out, body)
+    return body
+
+
+def written(out, part):
+    """When the part's record was written, to tell it from an earlier run's; None where there is none."""
+    path = path_of(out, part.name)
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))  # so that a part dies with this process
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(3)

@@ -1,0 +1,100 @@
+"""What a part leaves behind: one JSON file, whole at any time, whose rows have fixed columns."""
+
+import json
+import time
+from pathlib import Path
+
+from triscale.files import write_text
+
+FORMAT = 1
+NUMBER, OPTIONAL = (int, float), (int, float, type(None))
+# The columns of each kind of row. Times are of one call, images_per_s of its median; runs: how many times it was timed.
+TIMES = {"ms": NUMBER, "ms_min": NUMBER, "ms_max": NUMBER, "runs": int}
+SIZES = {"batch": int, "px": int, "images_per_s": NUMBER, "peak_bytes": OPTIONAL}
+COLUMNS = {
+    "test": {"name": str, "outcome": str, "seconds": NUMBER, "message": str},
+    # mode: inference, training or latency (batch 1, waited for, on the host's clock); way: eager, compiled or ours
+    "network": {"library": str, "network": str, "way": str, "mode": str, **SIZES, **TIMES},
+    # timed in turn with the others of its part, at the best batch
+    "in turn": {"library": str, "network": str, "way": str, "mode": str, "batch": int, "px": int, "images_per_s": NUMBER, **TIMES},
+    # against: "library way" of each peer timed in turn with ours -> how many times its rate ours is, median and range over the rounds
+    "comparison": {"network": str, "mode": str, "against": str, "times": NUMBER, "times_min": NUMBER, "times_max": NUMBER},
+    # key: of counting.Step; config: how it was cut, the rank-th choice by the kernel's own estimate; bytes: of the batch, as counted
+    "kernel": {"network": str, "key": str, "config": str, "rank": int, "batch": int, "bytes": int, "bytes_per_s": NUMBER, **TIMES},
+    "depthwise": {"channels": int, "side": int, "kernel": int, "stride": int, "batch": int, "way": str, "pass": str, "bytes": int}
+    | {"bytes_per_s": NUMBER, **TIMES},
+    "decode": {"data": str, "way": str, "images_per_s": NUMBER, "on_cpu": int, **TIMES, "batch": int},
+    "agreement": {"network": str, "images": int, "different": int, "largest_change": NUMBER},
+    "ceiling": {"what": str, "rate": NUMBER, "unit": str, **TIMES},
+}
+BODY = {"format": int, "part": str, "date": str, "rehearsal": bool, "machine": dict, "limit_s": NUMBER, "seconds": NUMBER, "ended": str}
+BODY |= {"notes": list, "rows": list}
+ENDED = ("running", "done", "out of time", "killed at the limit", "crashed")
+
+
+def check(body):
+    """Raises ValueError where `body` is no record: missing or unknown keys, or values of another type."""
+    _columns(body, BODY, "record")
+    if body["format"] != FORMAT or body["ended"] not in ENDED:
+        raise ValueError(f"record: expected format {FORMAT}, ended one of {', '.join(ENDED)}; found {body['format']}, {body['ended']!r}")
+    for i, row in enumerate(body["rows"]):
+        kind = row.get("kind")
+        if kind not in COLUMNS:
+            raise ValueError(f"row {i}: expected a kind of {', '.join(COLUMNS)}, found {kind!r}")
+        _columns({k: v for k, v in row.items() if k != "kind"}, COLUMNS[kind], f"row {i} ({kind})")
+
+
+def _columns(found, expected, where):
+    if found.keys() != expected.keys():
+        raise ValueError(f"{where}: missing {sorted(expected.keys() - found.keys())}, unknown {sorted(found.keys() - expected.keys())}")
+    for name, kind in expected.items():
+        if not isinstance(found[name], kind) or (isinstance(found[name], bool) and kind is not bool):
+            raise ValueError(f"{where}: {name} is {found[name]!r}, a {type(found[name]).__name__}")
+
+
+def path_of(folder, part):
+    return Path(folder) / f"{part}.json"
+
+
+def write(folder, body):
+    check(body)
+    write_text(path_of(folder, body["part"]), json.dumps(body, indent=1) + "\n")
+
+
+def read(folder, part):
+    """The record of a part, None where there is none. Raises ValueError for a file that is something else."""
+    path = path_of(folder, part)
+    if not path.is_file():
+        return None
+    body = json.loads(path.read_text(encoding="utf-8"))
+    check(body)
+    return body
+
+
+class Record:
+    """The record of a part that runs: each row is on disk when `add` returns. add: columns as COLUMNS[kind] has them."""
+
+    def __init__(self, folder, part, machine, limit, rehearsal=False):
+        self.folder, self.start = folder, time.monotonic()
+        self.body = {"format": FORMAT, "part": part, "date": time.strftime("%Y-%m-%d"), "rehearsal": rehearsal, "machine": machine}
+        self.body |= {"limit_s": limit, "seconds": 0.0, "ended": "running", "notes": [], "rows": []}
+        self.save()
+
+    def add(self, kind, **columns):
+        self.body["rows"].append({"kind": kind, **columns})
+        self.save()
+
+    def note(self, text):
+        """One line about what was left out, and why."""
+        print(f"  {text}", flush=True)
+        self.body["notes"].append(text)
+        self.save()
+
+    def end(self, how, machine=None):
+        self.body["ended"] = how
+        self.body["machine"] |= machine or {}
+        self.save()
+
+    def save(self):
+        self.body["seconds"] = round(time.monotonic() - self.start, 1)
+        write(self.folder, self.body)

@@ -1,0 +1,104 @@
+"""Runs one part in this process, up to its time limit: python -m benchmarks.gpu.worker PART SECONDS OUT [--carried DIR] [--rehearse]."""
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+from benchmarks.gpu import machine
+from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.record import Record, read
+from benchmarks.gpu.sweep import first_line
+
+RESERVE = 20.0  # seconds kept back from the limit: to stop in order, and for the interpreter's own start and end
+
+
+class Run:
+    """What a part is given. device: torch's. rehearsal: tiny shapes and few runs, on the CPU: shows that the part runs, measures nothing.
+
+    record: where rows go. out: the folder of the records, other parts' included.
+    """
+
+    def __init__(self, part, seconds, out, found, *, rehearsal=False):
+        import torch
+
+        self.part, self.out, self.found, self.rehearsal = part, Path(out), found, rehearsal
+        self.device = torch.device("cpu" if rehearsal else "cuda")
+        self.end = time.monotonic() + seconds - (0 if rehearsal else RESERVE)
+        self.about = machine.described(self.device.type)
+        self.before = self.earlier(part.name)
+        self.record = Record(out, part.name, self.about, seconds, rehearsal)
+        self.longest = {}
+        self.runs, self.most = (2, 2) if rehearsal else (10, 1 << 16)
+
+    def earlier(self, name):
+        """The rows of a part's record from an earlier run on such a device; [] where there is none."""
+        try:
+            body = read(self.out, name)
+        except ValueError:  # of another version: nothing to build on
+            return []
+        if body is None or body["rehearsal"] != self.rehearsal:
+            return []
+        here, there = ((about["device"] or {}).get("name") for about in (self.about, body["machine"]))
+        return body["rows"] if here == there else []
+
+    def left(self):
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def attempt(self, what, work, *, like=None, guess=5.0):
+        """work(), or None with a note where it fails or the time left is short. like: how its kind is called, whose longest run so far says
+        how long this one may take; guess: where there was none."""
+        like = like or what
+        expected = self.longest.get(like, 0.0 if self.rehearsal else guess)
+        if self.left() < expected:
+            self.record.note(f"{what}: not begun, {max(self.left(), 0):.0f} s left, {expected:.0f} s expected")
+            self.cut = True
+            return None
+        print(f"  {what} ({self.left():.0f} s left)", flush=True)
+        start = time.monotonic()
+        try:
+            return work()
+        except Exception as error:  # the peers' failures are findings: the next case goes on
+            self.record.note(f"{what}: {first_line(error)}")
+            return None
+        finally:
+            self.longest[like] = max(self.longest.get(like, 0.0), time.monotonic() - start)
+
+    cut = False  # whether time ran out before all was done
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=[p.name for p in PARTS])
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("out")
+    parser.add_argument("--carried")
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args()
+    found = machine.carried(options.carried)
+    machine.add_wheels(found)
+    part = next(p for p in PARTS if p.name == options.part)
+    run = Run(part, options.seconds, options.out, found, rehearsal=options.rehearse)
+    try:
+        carry_out(run)
+    except BaseException as error:
+        run.record.note(first_line(error))
+        run.record.end("crashed", {"smi_after": machine.smi()})
+        raise
+
+
+def carry_out(run):
+    import torch
+
+    # cuDNN tries its algorithms at each new shape: peers at their best.
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    module, function = run.part.runs.split(":")
+    work = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
+    work(run, *([run.part.network] if run.part.network else []))
+    run.record.end("out of time" if run.cut else "done", {"smi_after": machine.smi()})
+
+
+if __name__ == "__main__":
+    main()

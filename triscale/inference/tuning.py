@@ -1,0 +1,138 @@
+"""What is fastest here: measured once, kept between processes.
+
+One small JSON file a question, in the cache's folder `tuning`, by the hash of the question: network, shape, precision, threads,
+machine. A file of other versions of torch or triscale, or one that is damaged, is told, measured anew and written over. Any
+number of processes may share the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from triscale.architecture import Arch
+from triscale.files import cache_folder, write_text
+from triscale.inference.notices import Tell
+from triscale.version import __version__
+
+FORMAT = 1
+LARGEST = 1 << 20  # bytes of a file that is looked into
+BUDGET = 0.5  # seconds that measuring may take, unless the first two calls take longer: one more batch for a large network
+ROUNDS = 10
+
+T = TypeVar("T")
+Question = Mapping[str, Any]
+Seconds = dict[str, float]
+
+
+def versions() -> dict[str, str]:
+    return {"triscale": __version__, "torch": torch.__version__}
+
+
+def network(arch: Arch, num_classes: int, in_channels: int) -> str:
+    """A short hash of the network's shapes and numerics; its name and its weights don't count."""
+    body = {**asdict(arch), "name": "", "classes": num_classes, "channels": in_channels}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def processor() -> str:
+    """The CPU's name, cores and the instruction set that torch uses."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+class Choices:
+    """The answers in a folder; the cache's unless given."""
+
+    def __init__(self, tell: Tell, folder: Path | None = None) -> None:
+        self.tell, self.folder = tell, folder or cache_folder("tuning")
+
+    def path(self, question: Question) -> Path:
+        key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{key[:32]}.json"
+
+    def get(self, question: Question) -> str | None:
+        """The choice, None where there is none that holds for these versions."""
+        path = self.path(question)
+        try:
+            if path.stat().st_size > LARGEST:
+                raise ValueError("too large")
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError):
+            self.tell(f"optimize: {path} can't be read as what was measured before; it is measured again")
+            return None
+        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("of") != question or type(data.get("choice")) is not str:
+            self.tell(f"optimize: {path} is not a tuning file of format {FORMAT}; it is measured again")
+            return None
+        if data.get("versions") != versions():
+            self.tell(f"optimize: {path} was measured with {_listed(data.get('versions'))}, this is {_listed(versions())}; it is measured again")
+            return None
+        return str(data["choice"])
+
+    def put(self, question: Question, choice: str, seconds: Seconds) -> None:
+        data = {
+            "format": FORMAT,
+            "versions": versions(),
+            "of": question,
+            "choice": choice,
+            "seconds": {k: v for k, v in seconds.items() if math.isfinite(v)},
+        }
+        try:
+            write_text(self.path(question), json.dumps(data, indent=1))
+        except OSError as error:
+            self.tell(
+                f"optimize: {self.folder}: what was measured can't be kept ({error.strerror}); set TRISCALE_HOME to a folder that can be written"
+            )
+
+
+def _listed(found: object) -> str:
+    return ", ".join(f"{k} {v}" for k, v in found.items()) if isinstance(found, dict) else "unknown versions"
+
+
+def measure(
+    calls: Mapping[str, Callable[[], T]], right: Callable[[str, T], bool], *, budget: float = BUDGET, rounds: int = ROUNDS, least: int = 2
+) -> Seconds:
+    """Seconds of the fastest run of each call, in their order.
+
+    The first runs, which may prepare something, are shown to `right`, and a call that isn't right is left out. Once `least`
+    are tried and the budget is used up, no other is; where that is so after the first runs, these count, else up to `rounds` in
+    turn.
+    """
+    begun = time.perf_counter()
+    first: Seconds = {}
+    for tried, (name, call) in enumerate(calls.items()):
+        if tried >= least and time.perf_counter() - begun > budget:
+            break
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        if right(name, result):
+            first[name] = seconds
+    best = dict.fromkeys(first, math.inf)
+    for _ in range(rounds):
+        if time.perf_counter() - begun > budget:
+            break
+        for name in best:
+            start = time.perf_counter()
+            calls[name]()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best if math.isfinite(sum(best.values())) else first
