@@ -80,11 +80,13 @@ def main(quick=False):
 
 
 def settle(net, image):
-    """Norms take the statistics of the picture and its mirror image, so that signals stay alive."""
-    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for m in norms:
-        m.momentum = 1.0
-    net.train()(torch.cat([image, image.flip(3), image.flip(2), 1 - image]))
+    """Norms take the statistics of the picture and its mirror images, and biases of 0.5 about: else a random network is dead, or chaotic."""
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.momentum = 1.0
+            m.weight.data.uniform_(0.5, 1.5)
+            m.bias.data.normal_(0.5, 0.5)
+    net.train()(torch.cat([image, image.flip(3), image.flip(2), image.flip(2, 3)]))
     net.eval()
 
 

@@ -263,7 +263,7 @@ def test_two_processes_learn_what_one_learns_and_one_can_go_on_with_it(tmp_path)
     resumed = start(two, *options, "--resume", net=net)
     out, errors = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, errors
-    assert "going on from step 44" in errors
+    assert "trained already, 44 steps" in errors
     assert f"{100 * logged(two)[-1]['top1']:.2f} % of the held-out images right" in out
 
 

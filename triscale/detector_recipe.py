@@ -89,7 +89,7 @@ class DetectorRecipe:
         return Recipe(**shared | {"warmup_epochs": warmup, "decay_biases": True, "label_smoothing": 0.0, "shift": 0.0})
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FORMAT, **asdict(self), "decay_at": list(self.decay_at)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> DetectorRecipe:

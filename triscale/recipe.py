@@ -209,7 +209,7 @@ class Recipe:
                 raise RecipeError(f"Recipe.{name}: expected {low:g} to {high:g}, found {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FORMAT, **asdict(self), "decay_at": list(self.decay_at)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:

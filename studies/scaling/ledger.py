@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.scaling.plan import Run
+from triscale.recipe import Recipe
 
 
 class Ledger:
@@ -53,7 +54,9 @@ class Ledger:
     def has(self, scale: str, run: Run) -> bool:
         """Whether this network was trained by this recipe and seed."""
         arch, recipe = json.loads(run.arch.to_json()), run.recipe.to_dict()
-        return any(line.get("scale") == scale and line.get("arch") == arch and line.get("recipe") == recipe for line in self.lines)
+        defaults = Recipe().to_dict()  # of fields that came after a line was written
+        done = (line for line in self.lines if line.get("scale") == scale and line.get("arch") == arch)
+        return any(defaults | line.get("recipe", {}) == recipe for line in done)
 
     def append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")

@@ -38,7 +38,7 @@ def bfloat16_is_native() -> bool:
 class CPU:
     """Computes `net`, in evaluation mode, the fastest way: (N, C, H, W) float32 -> logits float32. dtype: float32 or bfloat16.
 
-    A size of image is measured when it first comes (0.5 s, or as long as two batches take) or known from the cache; other batches
+    A size of image is measured when it first comes (0.5 s, or as long as four batches take) or known from the cache; other batches
     of it go the same way. compile: `compiled` is tried too, then for each shape. Several threads may call at once.
     """
 

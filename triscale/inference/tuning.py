@@ -28,7 +28,7 @@ from triscale.version import __version__
 
 FORMAT = 1
 LARGEST = 1 << 20  # bytes of a file that is looked into
-BUDGET = 0.5  # seconds that measuring may take, unless the first two calls take longer: one more batch for a large network
+BUDGET = 0.5  # seconds that measuring may take; two runs of two calls where that is longer: three more batches for a large network
 ROUNDS = 10
 
 T = TypeVar("T")
@@ -113,26 +113,25 @@ def measure(
 ) -> Seconds:
     """Seconds of the fastest run of each call, in their order.
 
-    The first runs, which may prepare something, are shown to `right`, and a call that isn't right is left out. Once `least`
-    are tried and the budget is used up, no other is; where that is so after the first runs, these count, else up to `rounds` in
-    turn.
+    The first runs, which may prepare something, don't count: they are shown to `right`, and a call that isn't right is left out.
+    Once `least` are tried and the budget is used up, no other is. Then up to `rounds` in turn, at least one, while the budget lasts.
+    One thread's work is timed by what it takes of the CPU, which other processes change little; several threads' by the clock.
     """
-    begun = time.perf_counter()
-    first: Seconds = {}
-    for tried, (name, call) in enumerate(calls.items()):
-        if tried >= least and time.perf_counter() - begun > budget:
+    fine = time.get_clock_info("thread_time").resolution < 1e-4  # not on Windows
+    clock = time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
+    begun = clock()
+    tried: list[str] = []
+    for i, (name, call) in enumerate(calls.items()):
+        if i >= least and clock() - begun > budget:
             break
-        start = time.perf_counter()
-        result = call()
-        seconds = time.perf_counter() - start
-        if right(name, result):
-            first[name] = seconds
-    best = dict.fromkeys(first, math.inf)
-    for _ in range(rounds):
-        if time.perf_counter() - begun > budget:
+        if right(name, call()):
+            tried.append(name)
+    best = dict.fromkeys(tried, math.inf)
+    for i in range(rounds):
+        if i and clock() - begun > budget:
             break
-        for name in best:
-            start = time.perf_counter()
+        for name in tried:
+            start = clock()
             calls[name]()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best if math.isfinite(sum(best.values())) else first
+            best[name] = min(best[name], clock() - start)
+    return best
