@@ -271,6 +271,14 @@ def test_optimised_networks_are_the_network(b0, home, told):
         _ = out.stagse
 
 
+def test_random_numbers_go_on_as_if_nothing_had_been(b0, home):
+    torch.manual_seed(3)
+    expected = torch.randn(3)
+    torch.manual_seed(3)
+    optimize(b0, (1, 3, 32, 32))
+    assert torch.equal(torch.randn(3), expected)
+
+
 def test_a_copy_computes_the_same(b0, home):
     out = optimize(b0)
     x = images(2, (64, 64), 1)

@@ -162,7 +162,8 @@ class Speed:
     device: str = "cpu"
     """cpu, cuda, auto (cuda where there is one), or another device of torch."""
     engine: Literal["auto", "torch"] = "auto"
-    """auto: what is fastest here; on an NVIDIA GPU kernels of our own in bfloat16, on a CPU float32 still. torch: the network as it is."""
+    """auto: what is fastest here; on an NVIDIA GPU kernels of our own in bfloat16, on a CPU, after 64 images, the same float32 arithmetic
+    in fewer steps. torch: the network as it is."""
 
     def check(self) -> None:
         """Raises ValueError for numbers below 1."""
@@ -189,16 +190,20 @@ def _optimised(net: ConvNet, after: int) -> Callable[[Tensor], Tensor]:
     """`net`, and its optimised form once it has seen more than `after` images. Several threads may call it."""
     from triscale.inference import optimize
 
-    lock, seen, fast = threading.Lock(), 0, None
+    lock, seen, most, fast = threading.Lock(), 0, 0, None
 
     def call(x: Tensor) -> Tensor:
-        nonlocal seen, fast
+        nonlocal seen, most, fast
+        n = len(x)
+        with lock:
+            seen, most = seen + n, max(most, n)
+            if fast is None and seen > after:
+                fast = optimize(net, tell=lambda text: print(f"triscale: {text.removeprefix('optimize: ')}", file=sys.stderr))
         if fast is None:
-            with lock:
-                seen += len(x)
-                if fast is None and seen > after:
-                    fast = optimize(net, tell=lambda text: print(f"triscale: {text.removeprefix('optimize: ')}", file=sys.stderr))
-        return net(x) if fast is None else fast(x)
+            return net(x)
+        if x.is_cuda and n < most:  # a last batch is filled up: another shape would be measured, for a minute
+            x = x.repeat(-(-most // n), 1, 1, 1)[:most]
+        return fast(x)[:n]
 
     return call
 

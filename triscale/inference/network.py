@@ -184,4 +184,5 @@ def _fields(shape: tuple[int, int, int, int]) -> Tensor:
     """Smooth random fields, which networks for pictures take better than noise."""
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"optimize: expected a shape (N, C, H, W), found {shape}")
-    return F.interpolate(torch.randn(*shape[:2], 7, 7), shape[2:], mode="bilinear")
+    own = torch.Generator().manual_seed(0)  # the caller's random numbers go on as if nothing had been
+    return F.interpolate(torch.randn(*shape[:2], 7, 7, generator=own, dtype=torch.float32), shape[2:], mode="bilinear")

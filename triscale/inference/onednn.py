@@ -1,7 +1,7 @@
 """The steps through oneDNN with weights packed once and activations fused: what torch.compile calls on a CPU, without a compiler.
 
 The operators (torch.ops.mkldnn) are torch's own but not public: `available` says whether this torch has them, and what comes
-out is held against the network itself before it is used (tuning.py).
+out is held against the network itself before it is used (cpu.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from triscale.inference.executor import Torch, activate, padded
 from triscale.inference.steps import Act, Convolution, Depthwise, Expand, ExpandDepthwise, Head, Pad, Project, Squeeze, Stem, Step
 
+# What a pass over memory takes, in multiply-adds an element: 8 bytes at 25 GB/s, on a core that does 50 G multiply-adds a second.
+PASS = 16
 _OPERATORS = ("_convolution_pointwise", "_linear_pointwise", "_reorder_convolution_weight", "_reorder_linear_weight")
 # torch's names of the activations that oneDNN fuses, with their numbers.
 _FUSED: dict[Act, tuple[str, list[float]]] = {"none": ("none", []), "silu": ("swish", []), "relu": ("relu", []), "relu6": ("hardtanh", [0.0, 6.0])}
@@ -23,10 +25,6 @@ _FUSED: dict[Act, tuple[str, list[float]]] = {"none": ("none", []), "silu": ("sw
 
 def available() -> bool:
     return torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
-
-
-# What a pass over memory takes, in multiply-adds an element: 8 bytes at 25 GB/s, on a core that does 50 G multiply-adds a second.
-PASS = 16
 
 
 class OneDNN(Torch):
