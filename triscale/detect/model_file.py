@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from triscale.detect.retinanet import Detector, build_detector
 from triscale.detect.rules import MMDETECTION, Rules
 from triscale.detector import DetectorArch
-from triscale.files import write_whole
 from triscale.recipe import Preprocess
 from triscale.weights.model_file import KEY as CLASSIFIER_KEY
-from triscale.weights.model_file import ModelFileError, as_float32, difference, first_line
+from triscale.weights.model_file import ModelFileError, as_float32, difference, first_line, write_state
 
 FORMAT = 1
 KEY = "triscale-detector"
@@ -79,15 +77,7 @@ class DetectorCard:
 
 def save_detector(path: str | os.PathLike[str], net: Detector, card: DetectorCard) -> None:
     """Writes the file, whole or not at all. Tensors are stored contiguous, in the net's own precision. Raises OSError."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata={KEY: card.to_json()})
-        except SafetensorError as error:  # a full disk comes as this
-            raise OSError(f"{path}: could not be written ({first_line(error)})") from None
-
-    write_whole(path, write)
+    write_state(path, net, {KEY: card.to_json()})
 
 
 def load_detector(path: str | os.PathLike[str]) -> tuple[Detector, DetectorCard]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from triscale.architecture import Arch
 from triscale.files import write_whole
@@ -66,11 +66,16 @@ class ModelCard:
 
 def save_model(path: str | os.PathLike[str], net: ConvNet, card: ModelCard) -> None:
     """Writes the model file, whole or not at all. Tensors are stored contiguous, in the net's own precision. Raises OSError."""
+    write_state(path, net, {KEY: card.to_json()})
+
+
+def write_state(path: str | os.PathLike[str], net: nn.Module, metadata: dict[str, str]) -> None:
+    """The module's tensors with these metadata as a .safetensors file, whole or not at all. Raises OSError."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
 
     def write(temporary: Path) -> None:
         try:
-            save_file(tensors, temporary, metadata={KEY: card.to_json()})
+            save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # a full disk comes as this
             raise OSError(f"{path}: could not be written ({first_line(error)})") from None
 
@@ -110,12 +115,14 @@ def load_model(path: str | os.PathLike[str]) -> tuple[ConvNet, ModelCard]:
 
 
 def as_float32(name: str, tensor: Tensor) -> Tensor:
+    """A stored tensor as float32. Raises ValueError for one that isn't floating point."""
     if not tensor.is_floating_point():
         raise ValueError(f"{name} holds {tensor.dtype}, expected floating point")
     return tensor.float()
 
 
 def difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    """How the shapes by name differ: the first ten names of each kind."""
     kinds = {
         "missing": [n for n in wanted if n not in found],
         "left over": [n for n in found if n not in wanted],
@@ -125,4 +132,5 @@ def difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, .
 
 
 def first_line(error: Exception) -> str:
+    """Of its message, at most 200 characters; its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
