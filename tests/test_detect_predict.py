@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -361,13 +362,17 @@ def test_a_real_process_with_good_and_bad_files(shared, weights, random_net, cel
 
 def test_interrupted_it_leaves_whole_files(weights, shared, tmp_path):
     call, more = command(shared / "data/bccd/images", "--weights", weights, "--min-score", 0.5, cwd=tmp_path)
-    child = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
-    for _ in range(3):
-        assert "BloodImage" in child.stdout.readline()
-    child.send_signal(signal.SIGINT)
-    rest, errors = child.communicate(timeout=60)
+    printed = tmp_path / "printed"  # a file, not a pipe: communicate() forgets what readline() had read ahead
+    with printed.open("w") as stdout:
+        child = subprocess.Popen(call, stdout=stdout, stderr=subprocess.PIPE, **more)
+        while printed.read_text().count("\n") < 3:
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
     out = tmp_path / "runs/detect-predict"
-    done = 3 + len(rest.splitlines())
+    done = printed.read_text().count("\n")
+    assert printed.read_text().count("BloodImage") == done
     assert child.returncode == 3
     assert errors == f"triscale detect predict: stopped: {done} of 364 pictures are done, their boxes in runs/detect-predict/results.json\n"
     assert {r["image_id"] for r in json.loads((out / "results.json").read_text())} <= set(range(1, done + 1))

@@ -230,6 +230,8 @@ def test_wrong_arguments(arguments, told, capsys):
 
 def test_without_a_gpu_there_is_a_message_and_status_0(tmp_path):
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # under `make test` it would take itself for a make within a make, and print folders
+        env.pop(name, None)
     run = subprocess.run(
         ["make", "gpu", "PARTS=tests decode", f"VENV={Path(sys.executable).parent.parent}"], capture_output=True, text=True, cwd=ROOT, env=env
     )
