@@ -43,7 +43,7 @@ def networks(image, quick):
     peer = timm.create_model("tf_efficientnet_b0").to(memory_format=LAST)
     settle(peer, image)
     net = load_weights(build(arch("efficientnet_b0")), peer.state_dict()).eval().to(memory_format=LAST)
-    found = {("timm", "eager"): peer, ("triscale", "eager"): net, ("triscale", "optimised"): optimize(net)}
+    found = {("timm", "eager"): peer, ("triscale", "eager"): net, ("triscale", "optimised"): optimize(net, precision="float32")}
     if bfloat16_is_native():
         found["triscale", "optimised, bfloat16"] = optimize(net, precision="bfloat16")
     if not quick:
@@ -74,7 +74,7 @@ def main(quick=False):
         expected = logits["timm", "eager"]
         errors = {key: ((found - expected).abs().max() / expected.abs().max()).item() for key, found in logits.items()}
         choices = [json.loads(file.read_text()) for file in (home / "tuning").iterdir()]
-        ways = {data["of"]["dtype"]: data["choice"] for data in choices}
+        ways = {data["of"]["dtypes"][0]: data["choice"] for data in choices}
         timings = time_in_turn({key: partial(net, image) for key, net in nets.items()}, runs=20 if quick else RUNS, threads_used=1)
         return [*rows_of(timings, errors, ways), *parts(nets["triscale", "eager"], image), *classes()]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +35,8 @@ def bench(
         threads: CPU threads.
         runs: timed runs of each network.
         device: cpu, cuda, auto (cuda where there is one), or another device of torch.
-        engine: auto, what is fastest (on an NVIDIA GPU kernels of our own in bfloat16), or torch, the network as it is; on a CPU torch
-            unless given, which is the paper's protocol.
+        engine: auto, what is fastest (in bfloat16 where the device multiplies it; on an NVIDIA GPU through kernels of our own), or torch,
+            the network as it is; on a CPU torch unless given, which is the paper's protocol.
     """
     if min(batch, runs) < 1:
         raise ValueError(f"--batch and --runs: expected 1 or more, found {batch} and {runs}")
@@ -46,7 +45,7 @@ def bench(
     archs.setdefault(reference, read_arch(reference))
     import torch
 
-    from triscale.commands.running import available
+    from triscale.commands.running import available, notices
     from triscale.cost_model import cost
     from triscale.inference import optimize
     from triscale.latency import forward_call, time_in_turn
@@ -56,7 +55,7 @@ def bench(
     fast = (engine or ("torch" if device == "cpu" else "auto")) == "auto"
     torch.set_flush_denormal(True)  # random deep networks fade into denormals, which trained ones don't have
     torch.manual_seed(0)
-    tell = lambda text: print(f"triscale bench: {text.removeprefix('optimize: ')}", file=sys.stderr)  # noqa: E731
+    tell = notices("triscale bench")
     nets = {n: optimize(build(a).to(device).eval(), engine="auto" if fast else "torch", tell=tell) for n, a in archs.items()}
     calls = {n: forward_call(net, torch.randn(batch, 3, *[archs[n].resolution] * 2, device=device)) for n, net in nets.items()}
     timings = time_in_turn(calls, runs=runs, threads_used=threads)
@@ -69,7 +68,8 @@ def bench(
         rows.append((name, f"{archs[name].resolution}", short(macs), *seconds, rate, f"{t.median / base:.2f}"))
     where = f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
     fast = fast and not any(isinstance(net.engine, str) for net in nets.values())  # nothing faster here
-    how = f"optimised, {'float32' if device == 'cpu' else 'bfloat16'}" if fast else "eager, channels-last, float32"
+    ways = sorted({way for net in nets.values() if not isinstance(net.engine, str) for way in net.engine.used})
+    how = f"optimised ({', '.join(ways)})" if fast else "eager, channels-last, float32"
     print(f"batch {batch}, {where}, {runs} runs in turn, torch {torch.__version__}, {how}, in ms")
     print(aligned(("network", "px", "MACs", "mean", "sd", "median", "fastest", "GMAC/s", f"/ {reference}"), rows))
     if {"resnet152", "efficientnet_b1"} <= set(archs):

@@ -198,7 +198,8 @@ def _optimised(net: ConvNet, after: int) -> Callable[[Tensor], Tensor]:
         with lock:
             seen, most = seen + n, max(most, n)
             if fast is None and seen > after:
-                fast = optimize(net, tell=lambda text: print(f"triscale: {text.removeprefix('optimize: ')}", file=sys.stderr))
+                precision: Literal["float32"] | None = None if x.is_cuda else "float32"
+                fast = optimize(net, precision=precision, tell=notices("triscale"))
         if fast is None:
             return net(x)
         if x.is_cuda and n < most:  # a last batch is filled up: another shape would be measured, for a minute
@@ -206,6 +207,13 @@ def _optimised(net: ConvNet, after: int) -> Callable[[Tensor], Tensor]:
         return fast(x)[:n]
 
     return call
+
+
+def notices(command: str) -> Callable[[str], None]:
+    """Writes what `optimize` tells to standard error, each text once, in the command line's words."""
+    from triscale.inference.notices import Once
+
+    return Once(lambda text: print(f"{command}: {text.removeprefix('optimize: ')}".replace("precision='float32'", "--engine torch"), file=sys.stderr))
 
 
 def available(device: str, world: int = 1) -> str:

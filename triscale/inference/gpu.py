@@ -199,6 +199,7 @@ class GPU:
     def __init__(self, net: ConvNet, dtype: torch.dtype, tell: Tell, pixels: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
         self.dtype, self.device = dtype, next(net.parameters()).device
         self.steps = lower(net, dtype)
+        self.used = (f"kernels {str(dtype).removeprefix('torch.')}",)
         self.takes_pixels = pixels is not None and net.in_channels == 3 and dtype == torch.bfloat16  # as the stem's kernel does
         mean, std = (torch.tensor(v, device=self.device) for v in pixels or ((0.0,) * 3, (1.0,) * 3))
         self.engine = Triton(Tuner(self.device, dtype, tell), mean, 1 / std)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triscale.inference.cpu import CPU, bfloat16_is_native
+from triscale.inference.cpu import CPU, IN_BFLOAT16, bfloat16_is_native
 from triscale.inference.gpu import GPU
 from triscale.inference.lowering import check, plain_kinds
 from triscale.inference.notices import Once, Tell, warn
@@ -23,10 +23,16 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Compute(Protocol):
-    """An engine: (N, C, H, W) float -> logits float32, without autograd. takes_pixels: uint8 too, which it normalises."""
+    """An engine: (N, C, H, W) float -> logits float32, without autograd. takes_pixels: uint8 too, which it normalises.
+
+    used: the ways, with their arithmetic, that it has taken so far.
+    """
 
     takes_pixels: bool
     steps: tuple[Step, ...]
+
+    @property
+    def used(self) -> tuple[str, ...]: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -96,6 +102,8 @@ class Optimized(nn.Module):
                 raise ValueError(f"optimize: {why}")
             if why or wanted == torch.float32:
                 return why or "the kernels compute in bfloat16 or float16, and float32 was asked for"
+            if wanted is None:
+                tell(IN_BFLOAT16)
             return GPU(net, wanted or torch.bfloat16, tell, self._pixels() if hasattr(net, "preprocess") else None)
         if weight.device.type != "cpu":
             return f"{weight.device.type} has no faster way"
@@ -104,7 +112,8 @@ class Optimized(nn.Module):
         if wanted == torch.bfloat16 and not bfloat16_is_native():
             tell("optimize: this processor has no bfloat16 arithmetic; float32 is used")
             wanted = torch.float32
-        return CPU(net, wanted or torch.float32, tell, compile=self._compile)
+        fast = [torch.bfloat16] if bfloat16_is_native() else []
+        return CPU(net, [wanted] if wanted else [*fast, torch.float32], tell, compile=self._compile)
 
     def train(self, mode: bool = True) -> Optimized:
         if mode:
@@ -135,6 +144,7 @@ class AsItIs:
     def __init__(self, net: ConvNet) -> None:
         self.net = net
         self.steps: tuple[Step, ...] = ()
+        self.used = ("eager",)
 
     def __call__(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.net(x))
@@ -160,14 +170,16 @@ def optimize(
 ) -> Optimized:
     """A built network in evaluation mode -> a module that computes the same logits faster where the network's weights are.
 
-    On a CPU: float32, logits within 1e-4, by the way that measures fastest, the network's own among them (cpu.py). On an NVIDIA
-    GPU from compute capability 8.0: bfloat16 through the kernels, in a CUDA graph for each shape (gpu.py). What was measured is
-    kept in the cache. Elsewhere the network runs as it is, which is said once.
+    On a CPU by the way that measures fastest, the network's own among them (cpu.py). On an NVIDIA GPU from compute capability
+    8.0 through the kernels, in a CUDA graph for each shape (gpu.py). In the type of the weights; float32 ones in bfloat16, which
+    is said once, where the device multiplies it and is faster so. What was measured is kept in the cache. Elsewhere the network
+    runs as it is, which is said once.
 
     shape: (N, C, H, W) of the images to come, to be measured now, not at the first call. engine: `torch` for the network as it is,
-    `triton` for the kernels or an error. precision: bfloat16 (on a CPU only where the processor has it) or float16 (GPU);
-    float32. compile: on a CPU, torch.compile is tried too, which takes a minute or more each time. tell: what is called with
-    notices; a warning unless given. Raises ValueError for what `triscale.build` didn't make and in training mode.
+    `triton` for the kernels or an error. precision: bfloat16 (on a CPU only where the processor has it), float16 (GPU), or
+    float32: on a CPU logits within 1e-4, on a GPU the network as it is. compile: on a CPU, torch.compile is tried too, which takes
+    a minute or more each time. tell: what is called with notices; a warning unless given. Raises ValueError for what
+    `triscale.build` didn't make and in training mode.
     """
     for name, value, known in (("engine", engine, get_args(Engine)), ("precision", precision or "float32", get_args(Precision))):
         if value not in known:
