@@ -65,6 +65,16 @@ def test_depthwise_convolutions_take_their_multiply_adds_and_little_more():
         assert code.loop.total() > fused * variant.outputs, label
 
 
+@pytest.mark.usefixtures("compiler")
+def test_matrix_products_run_on_tensor_cores():
+    """Those of a whole warp group where the tile has its 64 rows, a warp's otherwise; never one multiply-add at a time."""
+    for label, (variant, code) in compiled("pointwise").items():
+        group = variant.constants["block_m"] >= 64
+        product, other = ("HGMMA", "HMMA") if group else ("HMMA", "HGMMA")
+        found = {op: sum(n for name, n in code.opcodes.items() if name.split(".")[0] == op) for op in (product, other)}
+        assert found[product] > 0 == found[other], f"{label}: {found}"
+
+
 def offsets(ttir, pointer):
     """Types of the first offsets that are added to a parameter, in Triton's own language before it lowers anything."""
     names = [pointer, *re.findall(rf"%(\w+) = tt\.splat %{pointer} :", ttir)]
