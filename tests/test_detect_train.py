@@ -22,6 +22,7 @@ from triscale.detect.coco import read_coco
 from triscale.detect.evaluate import coco_results, coco_scores
 from triscale.detect.events import Evaluated
 from triscale.detect.folders import find_split, has_split
+from triscale.detect.kept import read_found
 from triscale.detect.model_file import DetectorCard, load_detector, save_detector
 from triscale.detect.retinanet import build_detector
 from triscale.detect.run import Boxes, box_batches, detector_run
@@ -445,18 +446,25 @@ def test_two_processes_learn_what_one_learns(tmp_path, boxes):
         "import pickle, sys\n"
         "from triscale.detect.run import detector_run\n"
         "from triscale.train.events import Running\n"
-        "for job in pickle.loads(open(sys.argv[1], 'rb').read()):\n"
-        "    for _ in detector_run(*job, 'cells', Running(workers=1)): pass\n"
+        "from triscale.train.plan import Plan\n"
+        "for *job, micro_batch, start in pickle.loads(open(sys.argv[1], 'rb').read()):\n"
+        "    for _ in detector_run(*job, 'cells', Running(Plan(micro_batch=micro_batch), workers=1), start): pass\n"
     )
     arch = replace(ARCH, backbone=NET.with_numerics(drop_path=0.0))
     apart = replace(RECIPE, epochs=1, batch_size=4, ema=0.0, sync_norms=False, optimizer="sgd", lr=0.01, clip=0.0)
     together = replace(apart, batch_size=16, sync_norms=True)
-    jobs = [(tmp_path / name, boxes, arch, PREPROCESS, recipe) for name, recipe in (("apart", apart), ("together", together))]
+    torch.manual_seed(0)
+    net = build_detector(arch, 3)
+    torch.nn.init.normal_(net.head.classes.output.bias)  # many boxes, of all scores
+    save_detector(tmp_path / "start", net, DetectorCard(arch, PREPROCESS, boxes.train.classes, (1, 2, 3)))
+    given, start = Boxes(boxes.train, broken(boxes.val, {3}), boxes.test), Start(tmp_path / "start", detector=True)
+    kinds = (("apart", boxes, apart, 2, None), ("together", boxes, together, 0, None), ("given", given, replace(apart, lr=1e-5), 2, start))
+    jobs = [(tmp_path / name, data, arch, PREPROCESS, *rest) for name, data, *rest in kinds]
     (tmp_path / "jobs").write_bytes(pickle.dumps(jobs))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path / "jobs")]
     child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    running = Running(Plan(micro_batch=2), workers=1)
-    steps = [e for e in detector_run(tmp_path / "halves", boxes, arch, PREPROCESS, apart, "cells", running) if isinstance(e, Step)]
+    halves = Running(Plan(micro_batch=2), workers=1)
+    steps = [e for e in detector_run(tmp_path / "halves", boxes, arch, PREPROCESS, apart, "cells", halves) if isinstance(e, Step)]
     list(detector_run(tmp_path / "whole", boxes, arch, PREPROCESS, together, "cells", Running(workers=1)))
     _, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors[-3000:]
@@ -472,6 +480,24 @@ def test_two_processes_learn_what_one_learns(tmp_path, boxes):
     log = [json.loads(line) for line in (tmp_path / "apart" / "log.jsonl").read_text().splitlines()]
     epoch = next(line for line in log if line["kind"] == "epoch")
     assert epoch["loss"] == pytest.approx(np.mean([s.loss for s in steps]), rel=1e-5)
+    judged_by_two_processes(tmp_path / "given", given, lambda: detector_run(*jobs[2][:5], "cells", replace(halves, resume=True), start))
+
+
+def judged_by_two_processes(out, boxes, resumed):
+    """Parts of val, whose last image is gone, and of test: one process finds in the same batches, bit for bit, what two have found."""
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert sum("left out" in line["text"] and "gone/" in line["text"] for line in log if line["kind"] == "note") == 1
+    torch.set_num_threads(1)
+    net, card = load_detector(out / "model.safetensors")
+    found = coco_results(net, boxes.val, PREPROCESS, batch=2)
+    assert list(found.unreadable) == [3]
+    numbers = coco_scores(boxes.val, found.rows, left_out=[3]).numbers
+    assert 0 < numbers["AR100"] == card.measured["val_AR100"]
+    assert numbers["AP"] == next(line for line in log if line["kind"] == "epoch")["ap"]
+    said = [(out / name).read_bytes() for name in ("scores.json", "found.npz")]
+    list(resumed())
+    assert [(out / name).read_bytes() for name in ("scores.json", "found.npz")] == said
+    assert read_found(out).by_class[:, 2].min() > 50  # boxes of every class that these files are of
 
 
 @pytest.mark.parametrize(

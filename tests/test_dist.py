@@ -161,6 +161,8 @@ def two(w, folder):
     found["same"] = told(lambda: dist.same_everywhere(recipe % 5, w))
     found["differ"] = told(lambda: dist.same_everywhere(recipe % (5 + 2 * w.rank), w))
     found["longer"] = told(lambda: dist.same_everywhere("photos" + ", more" * w.rank, w))
+    found["gathered"] = dist.gathered({"rank": w.rank, "of": torch.full((3 * w.rank,), 0.5)}, w)
+    found["told"] = dist.told(lambda: (w.rank, torch.arange(3)), w)
     found["odd"] = told(lambda: dist.local_batch(15, w))
     found["groups"] = told(lambda: share_norms(fresh(), w, 3))
     found["gradcheck"], found["uneven"], found["half"] = gradients_check(w), uneven_parts(w), half_precision(w)
@@ -228,6 +230,21 @@ def four(w, folder):
     return found
 
 
+def left(w, folder):
+    """Seconds until this process is told that process 1 has gone, and what it is told."""
+    if w.rank == 1:
+        return None
+    start, why = time.perf_counter(), ""
+    try:
+        dist.gathered(torch.zeros(9), w)
+    except RuntimeError as error:
+        why = str(error)
+    return time.perf_counter() - start, why
+
+
+SCENARIOS = ((two, 2), (four, 4), (left, 3))
+
+
 def main(folder):
     # What the processes would each import for themselves.
     import torch._dynamo
@@ -235,7 +252,7 @@ def main(folder):
     import torch.distributed.fsdp
     import torch.distributed.optim
 
-    for scenario, size in ((two, 2), (four, 4)):
+    for scenario, size in SCENARIOS:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(size)}
@@ -268,14 +285,14 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """What each process of "two" and of "four" found."""
+    """What each process of each scenario found."""
     folder = tmp_path_factory.mktemp("processes")
     start = time.perf_counter()
     run = subprocess.run([sys.executable, __file__, folder], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     print(f"processes: {time.perf_counter() - start:.1f} s\n{run.stderr}")
     assert "Warning" not in run.stderr, run.stderr
-    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(n)] for name, n in (("two", 2), ("four", 4))}
+    return {f.__name__: [torch.load(folder / f"{f.__name__}-{rank}.pt", weights_only=False) for rank in range(n)] for f, n in SCENARIOS}
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +314,24 @@ def test_what_processes_tell_each_other(processes):
         assert found["longer"].endswith("process 0 has 'photos', process 1 has 'photos, more'")
         assert found["odd"] == "a batch of 15 images doesn't divide among 2 processes; give a multiple of 2"
         assert found["groups"] == "share_norms: groups of 3 processes don't divide the 2 there are"
+
+
+def test_what_is_gathered_in_process_0_and_what_it_tells(processes):
+    first, second = processes["two"]
+    assert second["gathered"] is None
+    assert [part["rank"] for part in first["gathered"]] == [0, 1]
+    assert [part["of"].tolist() for part in first["gathered"]] == [[], [0.5, 0.5, 0.5]]
+    for found in (first, second):
+        assert found["told"][0] == 0
+        assert found["told"][1].tolist() == [0, 1, 2]
+
+
+def test_nobody_waits_for_one_that_has_left(processes):
+    """Of three, in the gathering that an evaluation ends in: process 1 has left, as an error makes it."""
+    (first, why), nothing, (last, _) = processes["left"]
+    assert nothing is None
+    assert max(first, last) < 10
+    assert "closed" in why or "reset" in why
 
 
 def test_all_start_from_the_weights_of_rank_0(processes):
@@ -486,6 +521,8 @@ def test_a_single_process_has_no_group(monkeypatch):
         dist.same_everywhere("a", w)
         dist.average_buffers(net, w)
         assert dist.local_batch(7, w) == 7
+        assert dist.gathered("a", w) == ["a"]
+        assert dist.told(lambda: "a", w) == "a"
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), fresh().state_dict().values(), strict=True))
 
 

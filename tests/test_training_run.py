@@ -12,14 +12,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 
 import triscale as ts
 from triscale.classify import Evaluated, Resumed, ResumeError, Running, Stopped, preprocess_for, run_folder
-from triscale.data.datasets import ImageData, Splits
+from triscale.classify.pictures import Feeding, Streamed, prepare
+from triscale.classify.run import _judged, _part
+from triscale.data.datasets import ImageData, Splits, find, part_of
+from triscale.data.sources import DataError
 from triscale.recipe import Recipe
 from triscale.recipes import PAPER
 from triscale.train.checkpoint import CheckpointWarning
@@ -246,8 +251,51 @@ def logged(out):
     return [line for line in lines if line["kind"] == "epoch"]
 
 
+def read_held_out(out):
+    with np.load(out / "held_out.npz") as arrays:
+        return dict(arrays)
+
+
+def evaluated(out):
+    """Top-1, top-5 and the classes' mean of the model in the file on digits, judged in this process."""
+    torch.set_num_threads(1)
+    net, card = load_model(out / "model.safetensors")
+    data = prepare(find("digits"), card.preprocess, Recipe(crop_area=0.0))
+    return _judged([_part(net.to(memory_format=torch.channels_last), data.held_out, card.preprocess, Feeding())], data.held_out)[:3]
+
+
+def test_parts_of_an_evaluation_make_the_whole_also_where_one_of_them_cannot_be_read(tmp_path):
+    """28 images in four batches of 8: of one, two and five processes, with two images and the whole last batch unreadable."""
+    rng = np.random.default_rng(0)
+    for i in range(28):
+        path = tmp_path / f"{'cat' if i < 15 else 'dog'}/{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+        if i in (3, 17) or i >= 24:
+            path.write_bytes(b"no image")
+    preprocess, net = preprocess_for(24, 3), ts.build(NET, 2).eval()
+    found = []
+    for processes, sizes in ((1, [22]), (2, [15, 7]), (5, [7, 8, 7])):
+        pictures = Streamed(part_of(tmp_path, ("cat", "dog")))
+        parts = [_part(net, pictures, preprocess, Feeding(share=(rank, processes)), 8) for rank in range(processes)]
+        found.append((_judged(parts, pictures), sorted(pictures.left_out())))
+        assert [len(part[1]) for part in parts if isinstance(part, tuple)] == sizes
+        assert [type(part) for part in parts[-1:] + parts[:1]] == [DataError, type(None)] or processes < 5
+    assert found[0][0].numbers.tolist() == [i for i in range(24) if i not in (3, 17)]
+    assert [len(reasons) for _, reasons in found] == [6, 6, 6]
+    for judged, reasons in found[1:]:
+        assert judged[:3] == found[0][0][:3]
+        assert torch.equal(judged.logits, found[0][0].logits)
+        assert torch.equal(judged.numbers, found[0][0].numbers)
+        assert reasons == found[0][1]
+    gone = pictures.rows(torch.tensor([3, 17]))
+    with pytest.raises(DataError, match=r"none of 1 images can be read; the first: .*03"):
+        _judged([_part(net, gone, preprocess, Feeding(share=(rank, 2)), 1) for rank in (0, 1)], gone)
+
+
 def test_two_processes_learn_what_one_learns_and_one_can_go_on_with_it(tmp_path):
-    """Batch norm over all images of the batch in both; drop connect, which differs by process, is off."""
+    """Batch norm over all images of the batch in both; drop connect, which differs by process, is off. Both judge: the 359 images are
+    two batches, and one process says of them, bit for bit, what two have said of the same weights."""
     options = ("--epochs", 2, "--batch-size", 64, "--norm-batch", 64, "--ema", 0.9, "--resolution", 16)
     net = NET.with_numerics(drop_path=0.0)
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
@@ -260,11 +308,19 @@ def test_two_processes_learn_what_one_learns_and_one_can_go_on_with_it(tmp_path)
     for a, b in zip(logged(one), logged(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["top1"] == pytest.approx(a["top1"], abs=0.01)
+    said = read_held_out(two)
+    top1, _, by_class = evaluated(two)
+    assert (logged(two)[-1]["top1"], logged(two)[-1]["mean_per_class"]) == (top1, by_class)
+    (two / "held_out.npz").unlink()
     resumed = start(two, *options, "--resume", net=net)
     out, errors = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, errors
     assert "trained already, 44 steps" in errors
     assert f"{100 * logged(two)[-1]['top1']:.2f} % of the held-out images right" in out
+    again = read_held_out(two)
+    assert len(said["names"]) == 359
+    assert said.keys() == again.keys()
+    assert all(np.array_equal(said[key], again[key]) for key in said)
 
 
 def test_a_killed_worker_is_replaced_and_the_run_ends_as_it_should(tmp_path):

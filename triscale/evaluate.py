@@ -163,6 +163,15 @@ def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
 
 
+def whole_batches(images: int, batch: int, share: tuple[int, int] = (0, 1)) -> range:
+    """The image numbers of a process's part: consecutive, of whole batches, so that every image is in the batch, and gets the output,
+    that it has in a single process. share: (rank, processes); parts differ by one batch at most, and where there are fewer batches
+    than processes some are empty."""
+    (rank, count), batches = share, -(-images // batch)
+    first, end = (r * batches // count * batch for r in (rank, rank + 1))
+    return range(min(first, images), min(end, images))
+
+
 @contextmanager
 def processes() -> Iterator[tuple[int, int]]:
     """(this process's rank, number of processes), joined by gloo where torchrun's RANK and WORLD_SIZE say that there are several."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +23,13 @@ from triscale.classify.events import Evaluated
 from triscale.classify.pictures import Data, Feeding, Pictures
 from triscale.classify.start import Start, start_from
 from triscale.data.datasets import Splits
-from triscale.evaluate import predict_logits, top_k_accuracy
+from triscale.data.sources import DataError
+from triscale.evaluate import predict_logits, top_k_accuracy, whole_batches
 from triscale.model import ConvNet
 from triscale.recipe import Preprocess, Recipe
 from triscale.run_log import RunLog, write_held_out, write_samples
 from triscale.train.advprop import PGD, without_auxiliary_norms
-from triscale.train.dist import World, sharded, world
+from triscale.train.dist import World, gathered, sharded, told, world
 from triscale.train.events import Resumed, Running, Saved
 from triscale.train.loop import EpochEnd, Note, Step, cross_entropy, fit
 from triscale.train.plan import Plan
@@ -38,6 +39,9 @@ from triscale.version import __version__
 from triscale.weights.model_file import ModelCard, save_model
 
 SAMPLES = 24  # augmented training images that the report shows
+# What a process says of its part of the images: logits (n, classes) and the n images' numbers, or why it could read none; None
+# where it has no part.
+_Part = tuple[Tensor, Tensor] | DataError | None
 
 
 class _Judged(NamedTuple):
@@ -76,7 +80,7 @@ def train_classifier(
         if isinstance(event, EpochEnd):
             epoch = event.epoch + 1
             if epoch % evaluate_every == 0 or epoch == recipe.epochs:
-                judged = _accuracy(net, data.held_out, preprocess, feeding, plan.micro_batch)
+                judged = _judged([_part(net, data.held_out, preprocess, feeding, plan.micro_batch)], data.held_out)
                 seconds = time.perf_counter() - began
                 yield Evaluated(epoch, event.loss, judged.top1, seconds, net, judged.top5, mean_per_class=judged.mean_per_class)
         elif isinstance(event, Step):
@@ -116,7 +120,7 @@ class _Task:
         self, out: Path, data: Data, arch: Arch, preprocess: Preprocess, recipe: Recipe, name: str, running: Running, start: Start | None, here: World
     ) -> None:
         self.out, self.preprocess, self.recipe, self.arch, self.name = out, preprocess, recipe, arch, name
-        self.plan, self.device = running.plan, here.device
+        self.plan, self.here = running.plan, here
         self.feeding = Feeding(running.workers, running.broken_share, (here.rank, here.size), str(here.device))
         data.check_labels()
         self.identity: dict[str, Any] = {"recipe": recipe.to_dict(), "arch": json.loads(arch.to_json()), "preprocess": preprocess.to_dict()}
@@ -146,9 +150,15 @@ class _Task:
         data = self.data
         return [*data.train.notes, *data.held_out.notes, *(f"left out: {reason}" for reason in data.left_out())]
 
-    def evaluate(self, event: EpochEnd, log: RunLog, seconds: float) -> Iterator[Evaluated | Saved]:
+    def judge(self) -> _Judged | None:
+        return self._found(self.net, self.chosen_by)
+
+    def _found(self, net: ConvNet, pictures: Pictures) -> _Judged | None:
+        parts = gathered(_part(net, pictures, self.preprocess, self.feeding, self.plan.micro_batch), self.here)
+        return None if parts is None else _judged(parts, pictures)
+
+    def evaluate(self, judged: _Judged, event: EpochEnd, log: RunLog, seconds: float) -> Iterator[Evaluated | Saved]:
         """Accuracy, and the model file where this model is the one to keep."""
-        judged = _accuracy(self.net, self.chosen_by, self.preprocess, self.feeding, self.plan.micro_batch)
         top1, top5, by_class = judged.top1, judged.top5, judged.mean_per_class
         epoch, on = event.epoch + 1, "minival" if self.recipe.minival else "held-out"
         log.epoch(epoch=epoch, step=self.state.step, loss=event.loss, seconds=seconds, top1=top1, top5=top5, mean_per_class=by_class)
@@ -168,14 +178,17 @@ class _Task:
         log.saved(self.state.step, path)
         yield Saved(epoch, path)
 
-    def finish(self, log: RunLog, seconds: float) -> Iterator[Evaluated]:
-        """The final number: the model in the file on the untouched images."""
+    def judge_kept(self) -> tuple[ConvNet, ModelCard, _Judged] | None:
         from triscale.weights.model_file import load_model
 
-        net, card = load_model(self.out / "model.safetensors")
-        held_out = self.data.held_out
-        net = net.to(self.device).to(memory_format=torch.channels_last)
-        judged = _accuracy(net, held_out, self.preprocess, self.feeding, self.plan.micro_batch)
+        net, card = told(lambda: load_model(self.out / "model.safetensors"), self.here)
+        net = net.to(self.here.device).to(memory_format=torch.channels_last)
+        judged = self._found(net, self.data.held_out)
+        return (net, card, judged) if judged else None
+
+    def finish(self, kept: tuple[ConvNet, ModelCard, _Judged], log: RunLog, seconds: float) -> Iterator[Evaluated]:
+        """The final number: the model in the file on the untouched images."""
+        (net, card, judged), held_out = kept, self.data.held_out
         numbers = judged.numbers.tolist()
         names = [held_out.name(i) for i in numbers]
         pixels = lambda rows: [held_out.pixels(numbers[i], self.preprocess) for i in rows]  # noqa: E731
@@ -197,17 +210,33 @@ class _Task:
         write_samples(self.out, np.ascontiguousarray(pixels), y[:SAMPLES].cpu().numpy(), self.data.classes)
 
 
-def _accuracy(net: ConvNet, pictures: Pictures, preprocess: Preprocess, feeding: Feeding, at_a_time: int = 0) -> _Judged:
+def _part(net: ConvNet, pictures: Pictures, preprocess: Preprocess, feeding: Feeding, at_a_time: int = 0) -> _Part:
     """at_a_time: images, where memory is short."""
-    numbers: list[Tensor] = []
+    size, numbers = at_a_time or 256, list[Tensor]()
+    mine = whole_batches(len(pictures), size, feeding.share)
+    if not mine:
+        return None
+    part = pictures if len(mine) == len(pictures) else pictures.rows(torch.arange(mine.start, mine.stop))
 
     def batches() -> Iterator[Tensor]:
-        for images, places in pictures.evaluation(preprocess, at_a_time or 256, feeding):
-            numbers.append(places)
+        for images, places in part.evaluation(preprocess, size, feeding):
+            numbers.append(places + mine.start)
             yield images
 
-    logits = predict_logits(net, batches())
-    places = torch.cat(numbers)
+    try:
+        return predict_logits(net, batches()), torch.cat(numbers)
+    except DataError as error:
+        if numbers:
+            raise
+        return error  # others may have read theirs
+
+
+def _judged(parts: Sequence[_Part], pictures: Pictures) -> _Judged:
+    """Parts in the images' order. Raises DataError where none could be read."""
+    read = [part for part in parts if isinstance(part, tuple)]
+    if not read:
+        raise next(part for part in parts if isinstance(part, DataError))
+    logits, places = (torch.cat(rows) for rows in zip(*read, strict=True))
     labels = pictures.labels[places]
     right = logits.argmax(1).eq(labels).double()
     seen = torch.bincount(labels, minlength=logits.shape[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
@@ -34,6 +34,16 @@ class Results(NamedTuple):
     rows: list[dict[str, Any]]
     unreadable: dict[int, str]
     broken: list[int]
+
+    @staticmethod
+    def joined(parts: Iterable[Results]) -> Results:
+        """Those of parts of the images, in the parts' order, as one."""
+        whole = Results([], {}, [])
+        for part in parts:
+            whole.rows.extend(part.rows)
+            whole.unreadable.update(part.unreadable)
+            whole.broken.extend(part.broken)
+        return whole
 
 
 class ClassScore(NamedTuple):

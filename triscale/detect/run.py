@@ -28,10 +28,11 @@ from triscale.detect.retinanet import Outputs
 from triscale.detect.start import Start, start_detector
 from triscale.detector import DetectorArch
 from triscale.detector_recipe import DetectorRecipe
+from triscale.evaluate import whole_batches
 from triscale.files import write_text
 from triscale.recipe import Preprocess, Recipe
 from triscale.run_log import RunLog
-from triscale.train.dist import World, local_batch, sharded, world
+from triscale.train.dist import World, gathered, local_batch, sharded, told, world
 from triscale.train.events import Resumed, Running, Saved
 from triscale.train.loop import EpochEnd, Note, Step
 from triscale.train.run import Run
@@ -39,7 +40,7 @@ from triscale.train.state import TrainState
 from triscale.train.syncnorm import share_norms
 from triscale.version import __version__
 
-SCORES = "scores.json"
+MODEL, SCORES = "model.safetensors", "scores.json"
 
 
 @dataclass(frozen=True)
@@ -125,19 +126,11 @@ class _Task:
     """A detector as `train.run` trains it."""
 
     def __init__(
-        self,
-        out: Path,
-        boxes: Boxes,
-        arch: DetectorArch,
-        preprocess: Preprocess,
-        recipe: DetectorRecipe,
-        name: str,
-        running: Running,
-        start: Start | None,
-        here: World,
-    ) -> None:
+        self, out: Path, boxes: Boxes, arch: DetectorArch, preprocess: Preprocess,
+        recipe: DetectorRecipe, name: str, running: Running, start: Start | None, here: World,
+    ) -> None:  # fmt: skip
         self.out, self.boxes, self.preprocess, self.recipe, self.arch, self.name = out, boxes, preprocess, recipe, arch, name
-        self.plan, self.start, self.workers = running.plan, start, running.workers
+        self.plan, self.start, self.workers, self.here = running.plan, start, running.workers, here
         if recipe.keep == "best" and boxes.val is None:
             raise ValueError("--keep best: by AP on val, and there is no val split; last goes with that")
         self.batches = box_batches(boxes.train, preprocess, recipe, running, (here.rank, here.size))
@@ -162,7 +155,7 @@ class _Task:
         }
         self.files = {"recipe.json": json.dumps(recipe.to_dict(), indent=1), "arch.json": arch.to_json()}
         self.best, self.unreadable = -1.0, dict[str, None]()
-        self.latest: tuple[int, Results, Scores] | None = None  # the last epoch judged on val by this process
+        self.latest: tuple[int, Results, Scores] | None = None  # the last epoch judged on val since this process began; process 0 knows
 
     def _shortened(self) -> Iterator[str]:
         """What the recipe asks for and so small a data set hasn't."""
@@ -202,12 +195,16 @@ class _Task:
     def share(self, everyones: Callable[[list[str]], list[str]]) -> None:
         self.unreadable |= dict.fromkeys(everyones(list(self.batches.left_out.values())))
 
-    def evaluate(self, event: EpochEnd, log: RunLog, seconds: float) -> Iterator[Evaluated | Saved]:
+    def judge(self) -> Results | None:
+        """None in every process where there is no val."""
+        return self._found("val", self.boxes.val) if self.boxes.val is not None else None
+
+    def evaluate(self, judged: Results | None, event: EpochEnd, log: RunLog, seconds: float) -> Iterator[Evaluated | Saved]:
         """The numbers on val, where there is one, and the model's file."""
         epoch, scores = event.epoch + 1, None
-        if self.boxes.val is not None:
-            found, scores = self._judged("val", self.boxes.val)
-            self.latest = epoch, found, scores
+        if judged is not None and self.boxes.val is not None:
+            scores = coco_scores(self.boxes.val, judged.rows, left_out=judged.unreadable)
+            self.latest = epoch, judged, scores
         ap, ap50 = (scores.numbers["AP"], scores.numbers["AP50"]) if scores else (None, None)
         log.epoch(epoch=epoch, step=self.state.step, loss=event.loss, seconds=seconds, ap=ap, ap50=ap50)
         if scores:
@@ -216,7 +213,7 @@ class _Task:
             if ap <= self.best:
                 return
             self.best = ap
-        path = self.out / "model.safetensors"
+        path = self.out / MODEL
         provenance: dict[str, Any] = {"data": self.name, "epoch": epoch, "triscale": __version__, "recipe": self.recipe.to_dict()}
         if self.start:
             provenance["from"] = self.start.label
@@ -227,29 +224,49 @@ class _Task:
         log.saved(self.state.step, path)
         yield Saved(epoch, path)
 
-    def finish(self, log: RunLog, seconds: float) -> Iterator[Evaluated]:
+    def judge_kept(self) -> Results | None:
+        """None in every process where process 0 has judged that model."""
+        weights = told(self._unjudged, self.here)
+        if weights is None:
+            return None
+        self.net.load_state_dict(weights)
+        return self._found(*self.boxes.final)
+
+    def _unjudged(self) -> dict[str, Tensor] | None:
+        """The weights in the file; None where what they find is known."""
+        net, card = load_detector(self.out / MODEL)
+        known = self.boxes.test is None and self.latest and self.latest[0] == card.provenance["epoch"]
+        return None if known else net.state_dict()
+
+    def finish(self, judged: Results | None, log: RunLog, seconds: float) -> Iterator[Evaluated]:
         """The final numbers: those of the model in the file."""
-        path, (on, data) = self.out / "model.safetensors", self.boxes.final
+        path, (on, data) = self.out / MODEL, self.boxes.final
         net, card = load_detector(path)
         epoch = int(card.provenance["epoch"])
-        if on == "val" and self.latest and self.latest[0] == epoch:
+        if judged is None:
+            assert self.latest
             _, found, scores = self.latest
         else:
-            self.net.load_state_dict(net.state_dict())
-            found, scores = self._judged(on, data)
+            found, scores = judged, coco_scores(data, judged.rows, left_out=judged.unreadable)
         measured = {**card.measured, **{f"{on}_{name}": value for name, value in scores.numbers.items() if value == value}}
         save_detector(path, net, replace(card, measured=measured))
         write_scores(self.out / SCORES, scores, on)
         write_found(self.out, data, found.rows, scores, left_out=found.unreadable)
         yield Evaluated(epoch, 0.0, scores, seconds, self.net, on, self.left_out())
 
-    def _judged(self, on: str, data: BoxData) -> tuple[Results, Scores]:
-        ids = matched_ids(self.boxes.train.classes, data)
-        found = coco_results(self.net, data, self.preprocess, category_ids=ids, batch=self.plan.micro_batch or 8, workers=self.workers or None)
+    def _found(self, on: str, data: BoxData) -> Results | None:
+        """What all processes find in their parts of the images: in process 0, None in the others."""
+        ids, batch = matched_ids(self.boxes.train.classes, data), self.plan.micro_batch or 8
+        mine = whole_batches(len(data), batch, (self.here.rank, self.here.size))
+        part = coco_results(self.net, data, self.preprocess, category_ids=ids, numbers=mine, batch=batch, workers=self.workers or None)
+        parts = gathered(part, self.here)
+        if parts is None:
+            return None
+        found = Results.joined(parts)
         self.unreadable |= dict.fromkeys(found.unreadable.values())
         if found.broken:
             self.noted.append(f"{on}: outputs not finite for {len(found.broken)} of {len(data)} images, where nothing counts as found")
-        return found, coco_scores(data, found.rows, left_out=found.unreadable)
+        return found
 
 
 def write_scores(path: Path, scores: Scores, on: str) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-# A peer that says nothing for so long has failed: longer than any step, save or compilation, shorter than a night. A process
-# that is killed is noticed at once on gloo and by torchrun, not after this time.
+T = TypeVar("T")
+# A peer that says nothing for so long has failed: longer than any step, save, compilation or batch of an evaluation, by which
+# the processes' parts of it differ; shorter than a night. A process that is killed is noticed at once on gloo and by torchrun.
 PATIENCE = timedelta(minutes=30)
 SHOWN = 40  # characters of a text shown on either side of a difference
 
@@ -221,6 +222,24 @@ def everyones(texts: Sequence[str], world: World) -> list[str]:
     if world.size > 1:
         dist.all_gather_object(parts, list(texts))
     return list(dict.fromkeys(text for part in parts for text in part))
+
+
+def gathered(value: T, world: World) -> list[T] | None:
+    """Every process's value, in the order of their ranks: in process 0, None in the others. All have to call it, with what pickles."""
+    if world.size == 1:
+        return [value]
+    parts: list[Any] | None = None if world.rank else [None] * world.size
+    dist.gather_object(value, parts, dst=0)
+    return parts
+
+
+def told(make: Callable[[], T], world: World) -> T:
+    """What process 0 alone makes, in every process: all have to ask. It has to pickle."""
+    said: list[Any] = [None if world.rank else make()]
+    if world.size > 1:
+        dist.broadcast_object_list(said, src=0)
+    value: T = said[0]
+    return value
 
 
 # ---- networks whose training state is too large for one device (EfficientNet-L2)

@@ -41,7 +41,8 @@ class Task(Protocol):
     """What a run trains.
 
     identity: what a resumed run has to agree in, as JSON. best: the score of the model to keep, kept over a resume.
-    files: written into the folder at the start. Methods but `share` and `renewed` are called in process 0 alone.
+    files: written into the folder at the start. `renewed`, `share`, `judge` and `judge_kept` are called in every process, the other
+    methods in process 0 alone.
     """
 
     best: float
@@ -73,11 +74,18 @@ class Task(Protocol):
     def share(self, everyones: Callable[[list[str]], list[str]]) -> None:
         """All processes then know what any of them could not read."""
 
-    def evaluate(self, event: EpochEnd, log: Any, seconds: float) -> Iterator[Any]:
-        """After an epoch, with the weights to judge; yields events, and saves the model. seconds: of training."""
+    def judge(self) -> Any:
+        """After an epoch, with the weights to judge, the same in all processes: each sees its part of the images. What all found, in
+        process 0; None in the others."""
 
-    def finish(self, log: Any, seconds: float) -> Iterator[Any]:
-        """After the last epoch."""
+    def evaluate(self, judged: Any, event: EpochEnd, log: Any, seconds: float) -> Iterator[Any]:
+        """judged: by `judge`. Yields events, and saves the model. seconds: of training."""
+
+    def judge_kept(self) -> Any:
+        """After the last epoch, as `judge`, of the model in the file, which process 0 alone may see."""
+
+    def finish(self, judged: Any, log: Any, seconds: float) -> Iterator[Any]:
+        """judged: by `judge_kept`."""
 
 
 def arrange_norms(net: nn.Module, images: int, recipe: Recipe, plan: Plan, here: World) -> int:
@@ -125,7 +133,7 @@ class Run:
             if not self.writes:
                 for _ in self._fit(None, states):
                     pass
-                self.task.share(lambda texts: everyones(texts, self.here))
+                self._share()
                 return
             for name, text in self.task.files.items():
                 write_text(self.out / name, text)
@@ -140,7 +148,7 @@ class Run:
                     self.task.begin()
                     yield from self._noted(log)
                 yield from self._fit(log, states)
-                self.task.share(lambda texts: everyones(texts, self.here))
+                self._share()
                 yield from self._noted(log)
 
     def _fit(self, log: Log | None, states: Checkpoints) -> Iterator[Any]:
@@ -152,17 +160,23 @@ class Run:
             if isinstance(event, Step):
                 yield from self._stepped(event, log, states)
             elif isinstance(event, EpochEnd):
-                self._join()
-                if self.writes and log:
-                    yield from task.evaluate(event, log, self.seconds)
-                    yield from self._noted(log)
+                yield from self._evaluated(event, log)
                 self._save(states, log)
             else:
                 if log:
                     log.note(event.text)
                 yield event
+        judged = task.judge_kept()
         if self.writes and log:
-            yield from task.finish(log, self.seconds)
+            yield from task.finish(judged, log, self.seconds)
+
+    def _evaluated(self, event: EpochEnd, log: Log | None) -> Iterator[Any]:
+        self._join()
+        judged = self.task.judge()
+        self._share()
+        if self.writes and log:
+            yield from self.task.evaluate(judged, event, log, self.seconds)
+            yield from self._noted(log)
 
     def _stepped(self, event: Step, log: Log | None, states: Checkpoints) -> Iterator[Event]:
         if log:
@@ -183,15 +197,18 @@ class Run:
 
     def _join(self) -> None:
         """Running statistics, and the average's, become their mean over the processes: what is evaluated and saved is the same in
-        all, so that those who go on from it stand where these stand. And all know which images none could read."""
+        all, so that those who go on from it stand where these stand."""
         if self.here.size == 1:
             return
-        self.task.share(lambda texts: everyones(texts, self.here))
         average_buffers(self.state.model, self.here)
         if self.state.average:
             self.state.average.swap(self.state.model)
             average_buffers(self.state.model, self.here)
             self.state.average.swap(self.state.model)
+
+    def _share(self) -> None:
+        """What any process could not read, in training or evaluation, all then know."""
+        self.task.share(lambda texts: everyones(texts, self.here))
 
     def _noted(self, log: Log) -> Iterator[Note]:
         """What the task has said since it was last asked."""
