@@ -46,10 +46,13 @@ def _umask() -> int:
 
 
 def cache_folder(kind: str) -> Path:
-    """$TRISCALE_HOME/kind, else $XDG_CACHE_HOME/triscale/kind, else ~/.cache/triscale/kind."""
+    """$TRISCALE_HOME/kind, else $XDG_CACHE_HOME/triscale/kind, else ~/.cache/triscale/kind. Raises ValueError where there is no home."""
     home = os.environ.get("TRISCALE_HOME")
     base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triscale"
-    return base.expanduser() / kind
+    try:
+        return base.expanduser() / kind
+    except RuntimeError:  # a user without an entry, as containers have
+        raise ValueError("no home directory for the cache; set TRISCALE_HOME to a folder that can be written") from None
 
 
 def lock(path: Path) -> IO[str]:

@@ -66,17 +66,24 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _synchronise(device: str | None) -> None:
+    """Waits for the device; None for the accelerator that is current, where there is one. A CPU has nothing to wait for."""
+    if device is None and torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    elif device is not None and torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(torch.device(device))
 
 
-def time_callable(run: Callable[[], object], *, runs: int = 20, warmup: int = 3, threads_used: int | None = None) -> Timing:
-    """`runs` timed calls after `warmup` untimed ones, with the accelerator synchronised around each."""
-    return time_in_turn({"": run}, runs=runs, warmup=warmup, threads_used=threads_used)[""]
+def time_callable(
+    run: Callable[[], object], *, runs: int = 20, warmup: int = 3, threads_used: int | None = None, device: str | None = None
+) -> Timing:
+    """`runs` timed calls after `warmup` untimed ones, with `device`, else the current accelerator, synchronised around each."""
+    return time_in_turn({"": run}, runs=runs, warmup=warmup, threads_used=threads_used, device=device)[""]
 
 
-def time_in_turn(calls: Mapping[str, Callable[[], object]], *, runs: int = 20, warmup: int = 3, threads_used: int | None = None) -> dict[str, Timing]:
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]], *, runs: int = 20, warmup: int = 3, threads_used: int | None = None, device: str | None = None
+) -> dict[str, Timing]:
     """Several callables in turn, A B C A B C ..., so that a machine whose speed drifts treats them alike."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     with threads(threads_used):
@@ -85,10 +92,10 @@ def time_in_turn(calls: Mapping[str, Callable[[], object]], *, runs: int = 20, w
                 call()
         for _ in range(runs):
             for name, call in calls.items():
-                _synchronise()
+                _synchronise(device)
                 start = time.perf_counter()
                 call()
-                _synchronise()
+                _synchronise(device)
                 taken[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in taken.items()}
 

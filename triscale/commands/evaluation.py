@@ -6,13 +6,12 @@ import json as json_module
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from triscale.commands.running import Speed, Weights, progress
+from triscale.commands.running import Forward, Speed, Weights, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +27,13 @@ TEST_IMAGES = 100_000  # of ImageNet's test set
 
 @dataclass(frozen=True)
 class _Work:
-    """What one process has counted: reasons of the images that it could not read, by number; seconds of reading and network."""
+    """What one process has counted: reasons of the images that it could not read, by number; seconds of reading and network; and how
+    the network was computed."""
 
     scores: Scores
     failures: dict[int, str]
     seconds: float
+    computed: list[str]
 
 
 _DEFAULT = Speed()
@@ -91,7 +92,7 @@ def eval(
     _tell_failures(work, images)
     results = findings(work.scores, images, list(work.failures), work.seconds, allowed)
     results |= {"data": Path(data).resolve().name, "weights": Path(weights).name if Path(weights).exists() else weights} | _setting(
-        card, speed, world
+        card, speed, world, work
     )
     write_findings(out, results, work.scores, images.names, card.classes)
     if submission and ids:
@@ -101,7 +102,7 @@ def eval(
     return 1 if work.failures or work.scores.broken else 0
 
 
-def _setting(card: ModelCard, speed: Speed, world: int) -> dict[str, object]:
+def _setting(card: ModelCard, speed: Speed, world: int, work: _Work) -> dict[str, object]:
     """What the figures were measured with."""
     import torch
 
@@ -110,7 +111,7 @@ def _setting(card: ModelCard, speed: Speed, world: int) -> dict[str, object]:
 
     machine = {"processor": processor(), "python": platform.python_version(), "torch": torch.__version__, "triscale": __version__}
     network = {"network": card.arch.name or "unnamed network", "preprocess": card.preprocess.to_dict(), "assumed": card.provenance.get("assumed", [])}
-    return network | {"processes": world, "speed": asdict(speed), "machine": machine}
+    return network | {"processes": world, "speed": asdict(speed) | {"computed": work.computed}, "machine": machine}
 
 
 def _shared_work(images: Truth, net: ConvNet, preprocess: Preprocess, speed: Speed, share: tuple[int, int]) -> _Work:
@@ -120,10 +121,11 @@ def _shared_work(images: Truth, net: ConvNet, preprocess: Preprocess, speed: Spe
     parts = gather(_work(images, speed.prepare(net, share[1]), preprocess, net.num_classes, speed, share))
     scores = reduce(lambda a, b: a.merge(b), (part.scores for part in parts))
     failures = {number: reason for part in parts for number, reason in part.failures.items()}
-    return _Work(scores, dict(sorted(failures.items())), max(part.seconds for part in parts))
+    computed = list(dict.fromkeys(way for part in parts for way in part.computed))
+    return _Work(scores, dict(sorted(failures.items())), max(part.seconds for part in parts), computed)
 
 
-def _work(images: Truth, logits_of: Callable[[Tensor], Tensor], preprocess: Preprocess, classes: int, speed: Speed, share: tuple[int, int]) -> _Work:
+def _work(images: Truth, logits_of: Forward, preprocess: Preprocess, classes: int, speed: Speed, share: tuple[int, int]) -> _Work:
     """This process's share: every world-th image from its rank on."""
     import torch
 
@@ -153,7 +155,7 @@ def _work(images: Truth, logits_of: Callable[[Tensor], Tensor], preprocess: Prep
                 count()
             tick()
         count()
-    return _Work(scores, failures, time.perf_counter() - start)
+    return _Work(scores, failures, time.perf_counter() - start, logits_of.used)
 
 
 def _tell_failures(work: _Work, images: Truth) -> None:

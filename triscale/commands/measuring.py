@@ -58,7 +58,7 @@ def bench(
     tell = notices("triscale bench")
     nets = {n: optimize(build(a).to(device).eval(), engine="auto" if fast else "torch", tell=tell) for n, a in archs.items()}
     calls = {n: forward_call(net, torch.randn(batch, 3, *[archs[n].resolution] * 2, device=device)) for n, net in nets.items()}
-    timings = time_in_turn(calls, runs=runs, threads_used=threads)
+    timings = time_in_turn(calls, runs=runs, threads_used=threads, device=device)
     base = timings[reference].median
     rows = []
     for name, t in timings.items():

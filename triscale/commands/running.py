@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from triscale.architecture import Arch
     from triscale.detector import DetectorArch
+    from triscale.inference import Optimized
     from triscale.model import ConvNet
     from triscale.recipe import Preprocess
     from triscale.weights.model_file import ModelCard
@@ -151,7 +152,7 @@ def _fetch(entry: Any, offline: bool) -> Any:
 
 @dataclass(frozen=True)
 class Speed:
-    """How the work is done; none of it changes the results, but for rounding."""
+    """How the work is done; none of it changes the results, but for rounding, which is bfloat16's with `engine` auto on a GPU."""
 
     batch: int = 16
     """Images at a time."""
@@ -162,51 +163,61 @@ class Speed:
     device: str = "cpu"
     """cpu, cuda, auto (cuda where there is one), or another device of torch."""
     engine: Literal["auto", "torch"] = "auto"
-    """auto: what is fastest here; on an NVIDIA GPU kernels of our own in bfloat16, on a CPU, after 64 images, the same float32 arithmetic
-    in fewer steps. torch: the network as it is."""
+    """auto: after 64 images what is fastest here: on an NVIDIA GPU kernels of our own in bfloat16, on a CPU the same float32 arithmetic in
+    fewer steps. torch: the network as it is."""
 
     def check(self) -> None:
         """Raises ValueError for numbers below 1."""
         if self.batch < 1 or (self.workers is not None and self.workers < 1):
             raise ValueError(f"--batch and --workers: expected 1 or more, found {self.batch} and {self.workers}")
 
-    def prepare(self, net: ConvNet, world: int = 1) -> Callable[[Tensor], Tensor]:
-        """Sets the threads; the network on the device as a function of batches on the CPU. world: processes that share the work."""
+    def prepare(self, net: ConvNet, world: int = 1) -> Forward:
+        """Sets the threads; the network on the device. world: processes that share the work."""
         import torch
 
         from triscale.latency import set_threads
 
         set_threads(self.threads)
         device = available(self.device, world)
-        net = net.to(device).eval().to(memory_format=torch.channels_last)
-        call: Callable[[Tensor], Tensor] = net if self.engine == "torch" else _optimised(net, after=0 if device.startswith("cuda") else FEW)
-        return lambda x: call(x.to(device, memory_format=torch.channels_last)).float().cpu()
+        return Forward(net.to(device).eval().to(memory_format=torch.channels_last), device, self.batch, fast=self.engine == "auto")
 
 
-FEW = 64  # images that a CPU has classified before it takes half a second to measure how to do it faster
+FEW = 64  # images that are classified before time is taken to measure how to do it faster: half a second on a CPU, a minute or two on a GPU
 
 
-def _optimised(net: ConvNet, after: int) -> Callable[[Tensor], Tensor]:
-    """`net`, and its optimised form once it has seen more than `after` images. Several threads may call it."""
-    from triscale.inference import optimize
+class Forward:
+    """A network in evaluation mode as a function of batches on the CPU, optimised once it has seen more than FEW images.
 
-    lock, seen, most, fast = threading.Lock(), 0, 0, None
+    fast: False for the network as it is. Several threads may call it. batch: the largest to come.
+    """
 
-    def call(x: Tensor) -> Tensor:
-        nonlocal seen, most, fast
+    def __init__(self, net: ConvNet, device: str, batch: int, *, fast: bool) -> None:
+        self.net, self.device, self.batch, self.fast = net, device, batch, fast
+        self.optimised: Optimized | None = None
+        self.seen, self.lock = 0, threading.Lock()
+
+    @property
+    def used(self) -> list[str]:
+        """How it has computed so far."""
+        engine = self.optimised.engine if self.optimised else None
+        return ["eager", *(engine.used if engine and not isinstance(engine, str) else ())]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        import torch
+
+        from triscale.inference import optimize
+
         n = len(x)
-        with lock:
-            seen, most = seen + n, max(most, n)
-            if fast is None and seen > after:
-                precision: Literal["float32"] | None = None if x.is_cuda else "float32"
-                fast = optimize(net, precision=precision, tell=notices("triscale"))
-        if fast is None:
-            return net(x)
-        if x.is_cuda and n < most:  # a last batch is filled up: another shape would be measured, for a minute
-            x = x.repeat(-(-most // n), 1, 1, 1)[:most]
-        return fast(x)[:n]
-
-    return call
+        x = x.to(self.device, memory_format=torch.channels_last)
+        with self.lock:
+            self.seen += n
+            if self.fast and self.optimised is None and self.seen > FEW:
+                self.optimised = optimize(self.net, precision=None if x.is_cuda else "float32", tell=notices("triscale"))
+        if self.optimised is None:
+            return self.net(x).float().cpu()
+        if x.is_cuda and n < self.batch:  # a last batch is filled up: another shape would be measured, for a minute
+            x = x.repeat(-(-self.batch // n), 1, 1, 1)[: self.batch]
+        return self.optimised(x)[:n].float().cpu()
 
 
 def notices(command: str) -> Callable[[str], None]:

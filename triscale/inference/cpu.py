@@ -3,17 +3,18 @@
 `plain` is the network itself; `folded`, its steps in plain torch; `onednn` and `onednn fused`, its steps through oneDNN's packed
 operators; `compiled`, torch.compile with frozen weights, tried only where asked for, as compiling takes a minute or more. All
 but `plain` in float32, in bfloat16, or in both: then the faster arithmetic is taken too.
-B0, batch 1, one thread: docs/benchmarks.md has the times of all.
 
 A way counts only if its logits of the first batch agree with the network's: in float32 within 1e-4 of the largest, or within ten
-times what the network's own logits change by where it runs in another memory format (an untrained one may amplify rounding
-so); in bfloat16 to a relative L2 error of 5e-2.
+times what the network's own logits change by where its rounding differs (an untrained one may amplify rounding so); in bfloat16
+to a relative L2 error of 5e-2, or, where that was asked for, twice the network's own in it.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -22,16 +23,19 @@ import torch
 from torch import Tensor
 
 from triscale.inference import onednn
+from triscale.inference.agreement import agree, comparable, largest_error, no_worse
 from triscale.inference.executor import Torch, execute
-from triscale.inference.lowering import lower
+from triscale.inference.lowering import lower, plain_kinds
 from triscale.inference.notices import Tell
-from triscale.inference.tuning import Choices, Seconds, measure, network, processor
+from triscale.inference.steps import Step
+from triscale.inference.tuning import Choices, Question, measure, network, processor
 from triscale.model import ConvNet
 
 Way = Callable[[Tensor], Tensor]
 Kind = Literal["plain", "compiled", "onednn fused", "onednn", "folded"]
-LARGEST_ERROR, L2_ERROR = 1e-4, 5e-2  # of float32's largest logit; of bfloat16's logits
+Size = tuple[int, ...]  # threads, H, W; with `compiled` among the ways threads, N, C, H, W
 ROUNDING = 10  # times the network's own
+SIZES = 4  # of images that are measured; others go the way of the measured one nearest in area
 IN_BFLOAT16 = "optimize: computes in bfloat16, the faster arithmetic here, which changes logits by a hundredth or so; precision='float32' doesn't"
 
 
@@ -44,7 +48,7 @@ class Form:
 
     @property
     def name(self) -> str:
-        return f"{self.kind} bfloat16" if self.dtype == torch.bfloat16 else self.kind
+        return f"{self.kind} bfloat16" if self.dtype == torch.bfloat16 and self.kind != "plain" else self.kind
 
 
 def bfloat16_is_native() -> bool:
@@ -55,37 +59,90 @@ def bfloat16_is_native() -> bool:
 class CPU:
     """Computes `net`, in evaluation mode, the fastest way: (N, C, H, W) float32 -> logits float32.
 
-    dtypes: float32, bfloat16, or both, of which the likely faster comes first. A size of image is measured when it first comes
-    (0.5 s, or as long as four batches take) or known from the cache; other batches of it go the same way. compile: `compiled` is
-    tried too, then for each shape. Several threads may call at once.
+    net: nobody else's, as what is measured must not change. dtypes: float32, bfloat16, or both, of which the likely faster comes
+    first. A size of image is measured when it first comes (0.5 s, or as long as four batches take) or known from the cache; other
+    batches of it go the same way. compile: `compiled` is tried too, then for each shape. Several threads may call at once.
     """
 
     takes_pixels = False
 
     def __init__(self, net: ConvNet, dtypes: Sequence[torch.dtype], tell: Tell, *, compile: bool = False) -> None:
         self.net, self.dtypes, self.tell, self.compile = net, tuple(dtypes), tell, compile
-        self.lowered = {dtype: lower(net, dtype) for dtype in dtypes}
-        self.steps = self.lowered[self.dtypes[0]]
+        self.given = next(net.parameters()).dtype
+        self.lowered: dict[torch.dtype, tuple[Step, ...]] = {}
+        self.plain = plain_kinds(self._steps(self.dtypes[0]))
         self.choices = Choices(tell)
-        self.chosen: dict[tuple[int, ...], str] = {}
+        self.chosen: dict[Size, str] = {}
+        self.measured: dict[Size, str] = {}  # of chosen
         self.ways: dict[str, Way] = {}
+        self.sound, self.wrong = set[str](), set[str]()  # ways whose logits were compared with the network's
         self.lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        key = (torch.get_num_threads(), *x.shape[0 if self.compile else 2 :])
-        if key not in self.chosen:
+        size = (torch.get_num_threads(), *x.shape[0 if self.compile else 2 :])
+        name = self.chosen.get(size)
+        if name is None:
             with self.lock:  # one thread measures, and no other meanwhile
-                if key not in self.chosen:
-                    self.chosen[key] = self._choose(x)
-        return self._way(self.chosen[key])(x)
+                name = self.chosen.get(size) or self._choose(size, x)
+        return self._compute(name, x)
 
     @property
     def used(self) -> tuple[str, ...]:
         return tuple(sorted(set(self.chosen.values())))
 
-    def _choose(self, x: Tensor) -> str:
-        question = {
+    def _choose(self, size: Size, x: Tensor) -> str:
+        expected = self._compute("plain", x)  # what it raises is the user's to see
+        if not bool(comparable(expected).any()):
+            return "plain"  # nothing to hold a way to; the next batch decides
+        if len(self.dtypes) > 1 and not self.sound | self.wrong:
+            self._settle_arithmetic(x, expected)
+        name = self._nearest(size) or self._known(x, expected) or self._fastest(size, x, expected)
+        kept = {"plain", name, *self.chosen.values()}
+        self.ways = {key: way for key, way in self.ways.items() if key in kept}  # the others' packed weights go
+        self.lowered.clear()
+        if self._forms()[name].dtype == torch.bfloat16 != self.given and torch.float32 in self.dtypes:
+            self.tell(IN_BFLOAT16)
+        elif name == "plain" and self.given != torch.bfloat16 and torch.float32 not in self.dtypes:
+            self.tell(f"optimize: bfloat16 is no faster than float32 for images of {x.shape[2]}x{x.shape[3]} here; they run in float32")
+        self.chosen[size] = name
+        return name
+
+    def _settle_arithmetic(self, x: Tensor, expected: Tensor) -> None:
+        """Leaves bfloat16 out where the network's logits are too far off in it."""
+        low = [name for name, form in self._forms().items() if form.dtype == torch.bfloat16 and form.kind != "compiled"]
+        logits = next((found for name in low if (found := self._run(name, x)) is not None), None)
+        if logits is None or not agree(logits, expected, torch.bfloat16):
+            self.dtypes = (torch.float32,)
+            self.tell("optimize: bfloat16 gives other logits than the network and is left out")
+
+    def _nearest(self, size: Size) -> str | None:
+        """The way of the measured size that is nearest in area, with as many threads, once there are enough of these."""
+        alike = {other: name for other, name in self.measured.items() if other[0] == size[0]}
+        if self.compile or len(alike) < SIZES:
+            return None
+        return alike[min(alike, key=lambda other: abs(math.log(other[-2] * other[-1] / (size[-2] * size[-1]))))]
+
+    def _known(self, x: Tensor, expected: Tensor) -> str | None:
+        """What was chosen before, if it does for these weights, which may be others, and this machine's torch."""
+        name = self.choices.get(self._question(x))
+        return name if name in self._forms() and (name in self.sound or self._holds(name, x, expected)) else None
+
+    def _fastest(self, size: Size, x: Tensor, expected: Tensor) -> str:
+        forms = self._forms()
+        slow = [name for name, form in forms.items() if form.kind == "compiled"]
+        for name in slow:
+            self._run(name, x)  # what compiling takes is not to be measured
+        calls = {name: partial(self._compute, name, x) for name in forms}
+        seconds = measure(calls, lambda name: self._holds(name, x, expected), least=2 + len(slow))
+        name = min(seconds, key=seconds.__getitem__)
+        self.measured[size] = name
+        if not self.wrong:  # what is wrong here may be right for other images or weights
+            self.choices.put(self._question(x), name, seconds)
+        return name
+
+    def _question(self, x: Tensor) -> Question:
+        return {
             "network": network(self.net.arch, self.net.num_classes, self.net.in_channels),
             "shape": list(x.shape),
             "dtypes": [str(dtype) for dtype in self.dtypes],
@@ -93,104 +150,79 @@ class CPU:
             "machine": processor(),
             "compile": self.compile,
         }
-        candidates = self._candidates()
-        name = self.choices.get(question)
-        if name not in candidates or not self._holds(candidates[name], x):
-            if self.chosen:
-                self.tell(f"optimize: images of {x.shape[2]}x{x.shape[3]} are new and are measured once")
-            seconds, certain = self._measure(candidates, x)
-            name = min(seconds, key=seconds.__getitem__)
-            if certain:
-                self.choices.put(question, name, seconds)
-        kept = {"plain", name, *self.chosen.values()}
-        self.ways = {key: way for key, way in self.ways.items() if key in kept}  # the others' packed weights go
-        self._tell_precision(name, f"images of {x.shape[2]}x{x.shape[3]}")
-        return name
 
-    def _holds(self, form: Form, x: Tensor) -> bool:
-        """Whether what was chosen before does for these weights, which may be others: in bfloat16 not all networks give like logits."""
-        return form.dtype != torch.bfloat16 or agree(self._way(form.name)(x), self._way("plain")(x), form.dtype)
-
-    def _tell_precision(self, name: str, images: str) -> None:
-        given = next(self.net.parameters()).dtype
-        if torch.bfloat16 not in self.dtypes or given == torch.bfloat16:
-            return
-        if self._candidates()[name].dtype == torch.bfloat16 and torch.float32 in self.dtypes:
-            self.tell(IN_BFLOAT16)
-        elif name == "plain" and torch.float32 not in self.dtypes:
-            self.tell(f"optimize: bfloat16 is no faster than float32 for {images} here; they run in float32")
-
-    def _candidates(self) -> dict[str, Form]:
+    def _forms(self) -> dict[str, Form]:
         """By name, in the order in which they are tried: after `plain` what is fastest for most."""
         compiled: tuple[Kind, ...] = ("compiled",) if self.compile else ()
         kinds: list[tuple[Kind, ...]] = [compiled, ("onednn fused", "onednn") if onednn.available() else (), ("folded",)]
         forms = [Form(kind, dtype) for some in kinds for dtype in self.dtypes for kind in some]
-        return {"plain": Form("plain", torch.float32)} | {form.name: form for form in forms}
+        return {form.name: form for form in (Form("plain", self.given), *forms)}
 
-    def _measure(self, candidates: Mapping[str, Form], x: Tensor) -> tuple[Seconds, bool]:
-        """Seconds by way; and whether no way's logits were wrong, for they may be right for other images."""
-        expected, certain = x.new_empty(0), True
-
-        def run(name: str) -> Tensor | None:
-            nonlocal expected
-            if name == "plain":
-                expected = self._way(name)(x)  # what it raises is the user's to see
-                return expected
-            try:
-                return self._way(name)(x)
-            except Exception as error:  # no compiler, an operator that this torch or processor lacks: of many kinds
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
-                self.tell(f"optimize: '{name}' doesn't run here and is left out ({why})")
-                return None
-
-        def right(name: str, logits: Tensor | None) -> bool:
-            nonlocal certain
-            if logits is None:
-                return False
-            dtype = candidates[name].dtype
-            if agree(logits, expected, dtype) or (dtype == torch.float32 and self._as_rounded(logits, expected, x)):
-                return True
-            certain = False
-            what = "bfloat16" if dtype == torch.bfloat16 and torch.float32 in self.dtypes else f"'{name}'"
-            self.tell(f"optimize: {what} gives other logits than the network and is left out")
+    def _holds(self, name: str, x: Tensor, expected: Tensor) -> bool:
+        """Whether the way runs and its logits are the network's; told where not."""
+        logits = None if name in self.wrong else self._run(name, x)
+        if logits is None:
             return False
-
-        slow = [name for name, form in candidates.items() if form.kind == "compiled"]
-        for name in slow:
-            run(name)  # what compiling takes is not to be measured
-        return measure({name: partial(run, name) for name in candidates}, right, least=2 + len(slow)), certain
+        dtype = self._forms()[name].dtype
+        right = agree(logits, expected, dtype)
+        if not right and dtype == torch.float32:
+            right = self._as_rounded(logits, expected, x)
+        elif not right and torch.float32 not in self.dtypes:  # bfloat16 was asked for
+            right = no_worse(logits, expected, self.net, x, dtype)
+        if right:
+            self.sound.add(name)
+            return True
+        self.wrong.add(name)
+        self.tell(f"optimize: '{name}' gives other logits than the network and is left out")
+        return False
 
     def _as_rounded(self, logits: Tensor, expected: Tensor, x: Tensor) -> bool:
-        other = self._way("plain")(x.contiguous()) - expected
-        return bool((logits - expected).abs().max() <= ROUNDING * other.abs().max())
+        """In another memory format sums have another order; where that is the same one, inputs differ by their last bit."""
+        others = (self._compute("plain", x.contiguous()), self._compute("plain", torch.nextafter(x, x.new_tensor(math.inf))))
+        return largest_error(logits, expected) <= ROUNDING * max(largest_error(other, expected) for other in others)
 
-    def _way(self, name: str) -> Way:
-        if name not in self.ways:
-            self.ways[name] = self._build(self._candidates()[name])
-        return self.ways[name]
+    def _run(self, name: str, x: Tensor) -> Tensor | None:
+        try:
+            return self._compute(name, x)
+        except Exception as error:  # no compiler, an operator that this torch or processor lacks: of many kinds
+            if name == "plain":
+                raise
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.tell(f"optimize: '{name}' doesn't run here and is left out ({why})")
+            return None
+
+    def _compute(self, name: str, x: Tensor) -> Tensor:
+        way = self.ways.get(name)
+        if way is None:
+            way = self.ways[name] = self._build(self._forms()[name])
+        return way(x)
 
     def _build(self, form: Form) -> Way:
         if form.kind == "plain":
-            dtype = next(self.net.parameters()).dtype
-            return lambda x: self.net(x.to(dtype)).float()
+            return lambda x: self.net(x.to(self.given)).float()
         if form.kind == "compiled":
-            compiled = torch.compile(self.net, dynamic=False, options={"freezing": True})
-
-            def way(x: Tensor) -> Tensor:
-                with torch.autocast("cpu", torch.bfloat16, enabled=form.dtype == torch.bfloat16):
-                    return compiled(x).float()
-
-            return way
+            return _compiled(self.net, form.dtype)
         engine = Torch() if form.kind == "folded" else onednn.OneDNN(fuse=form.kind == "onednn fused")
-        steps = self.lowered[form.dtype]
+        steps = self._steps(form.dtype)
         return lambda x: execute(engine, steps, x.to(form.dtype)).float()
 
+    def _steps(self, dtype: torch.dtype) -> tuple[Step, ...]:
+        if dtype not in self.lowered:
+            self.lowered[dtype] = lower(self.net, dtype)
+        return self.lowered[dtype]
 
-def agree(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits (N, classes) differ from the expected ones by no more than the arithmetic of `dtype` does. Where these are
-    not finite, the weights are broken, and nothing is to be held against any way."""
-    if not bool(expected.isfinite().all()):
-        return True
-    if dtype == torch.bfloat16:
-        return bool((logits - expected).norm() <= L2_ERROR * expected.norm())
-    return bool((logits - expected).abs().max() <= LARGEST_ERROR * expected.abs().max())
+
+def _compiled(net: ConvNet, dtype: torch.dtype) -> Way:
+    """torch.compile with the weights as constants, which takes the norms into them."""
+    from torch._inductor import config
+
+    compiled, shapes = torch.compile(net, dynamic=False), set[torch.Size]()
+
+    def way(x: Tensor) -> Tensor:
+        new = config.patch(freezing=True) if x.shape not in shapes else nullcontext()  # torch looks when it traces, not at options
+        with new, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out: Tensor = compiled(x).float()
+        shapes.add(x.shape)
+        return out
+
+    return way

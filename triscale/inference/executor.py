@@ -32,7 +32,7 @@ from triscale.inference.steps import (
 
 
 class Torch:
-    """Each step in plain torch, in the dtype of its weights."""
+    """Each step in plain torch, in the dtype of x."""
 
     def stem(self, step: Stem, x: Tensor) -> Tensor:
         return self._convolve(x, step.weight.permute(3, 2, 0, 1), step)
@@ -93,7 +93,7 @@ class Torch:
         pad = step.window.pad(x.shape[2], x.shape[3])
         inside = (pad[0], pad[2]) if pad[0] == pad[1] and pad[2] == pad[3] else (0, 0)
         x = x if any(inside) else padded(x, pad)
-        return activate(F.conv2d(x, weight, step.bias.to(x.dtype), step.window.stride, inside, 1, groups), act or step.act)
+        return activate(F.conv2d(x, weight.to(x.dtype), step.bias.to(x.dtype), step.window.stride, inside, 1, groups), act or step.act)
 
 
 def _sums(y: Tensor) -> Tensor:

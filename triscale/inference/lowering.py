@@ -60,11 +60,16 @@ def check(net: nn.Module) -> ConvNet:
 def lower(net: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Step, ...]:
     """The steps of `net`, their weights in `dtype` on the network's device, contiguous. Raises ValueError as `check` does.
 
-    A block that is not as it was built (hooks, other modules, parametrised weights), and one whose shortcut pools, becomes a
-    Plain step.
+    A block that is not as it was built (hooks, other modules, parametrised weights, its own forward), and one whose shortcut pools,
+    becomes a Plain step; the whole network, where its blocks are fewer or more.
     """
     with torch.inference_mode(False), torch.no_grad():
         return tuple(converted(step, dtype) for part in _parts(check(net)) for step in part)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether it, or a module in it, has hooks on its forward pass."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def plain_kinds(steps: Iterable[Step]) -> list[str]:
@@ -75,6 +80,9 @@ def plain_kinds(steps: Iterable[Step]) -> list[str]:
 def _parts(net: ConvNet) -> Iterator[list[Step]]:
     with torch.device("meta"):
         built = build(net.arch, net.num_classes, net.in_channels)
+    if [len(cast(nn.ModuleList, stage)) for stage in net.body] != [len(cast(nn.ModuleList, stage)) for stage in built.body]:
+        yield [Plain(copy.deepcopy(net), type(net).__name__)]
+        return
     yield _lowered(net.stem, built.stem, _stem)
     if net.pool is not None:
         yield _lowered(net.pool, built.pool, _stem_pool)
@@ -84,7 +92,7 @@ def _parts(net: ConvNet) -> Iterator[list[Step]]:
     head: list[Step] = [Head()] if net.head is None else _lowered(net.head, built.head, _head)
     yield head if isinstance(head[0], Head) else [*head, Head()]
     dense: nn.Module | None = net.classifier
-    if isinstance(dense, nn.Linear) and type(dense) in (Dense, nn.Linear) and not _hooked(dense):  # exchanged for transfer, most likely
+    if isinstance(dense, nn.Linear) and type(dense) in (Dense, nn.Linear) and not _altered(dense):  # exchanged for transfer, most likely
         yield [Classifier(dense.weight, dense.bias)]
     elif dense is not None:
         yield [Plain(copy.deepcopy(dense), type(dense).__name__)]
@@ -92,13 +100,13 @@ def _parts(net: ConvNet) -> Iterator[list[Step]]:
 
 def _lowered(module: M, original: nn.Module | None, lowered: Callable[[M], list[Step]]) -> list[Step]:
     """`lowered(module)` where the module is as it was built; else the module, Plain."""
-    if original is None or _hooked(module) or _structure(module) != _structure(original):
+    if original is None or _altered(module) or _structure(module) != _structure(original):
         return [Plain(copy.deepcopy(module), type(module).__name__)]
     return lowered(module)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+def _altered(module: nn.Module) -> bool:
+    return hooked(module) or any("forward" in vars(m) for m in module.modules())
 
 
 def _structure(module: nn.Module) -> list[tuple[object, ...]]:
@@ -219,13 +227,16 @@ def folded_copy(module: nn.Module) -> nn.Module:
 
 
 def converted(step: Step, dtype: torch.dtype) -> Step:
-    """The step with its weights contiguous, detached, in `dtype`, each with memory of its own. Biases, squeezes and classifiers
-    are small and add up: in float32 at least, but for dense convolutions, whose libraries want one type (and channels-last weights)."""
+    """The step with its weights contiguous, detached, each with memory of its own: matrices and dense convolutions in `dtype`.
+
+    The rest is small, and rounding it would show: stems, depthwise convolutions, squeezes, classifiers and biases (but those of
+    dense convolutions, whose libraries want one type) in float32 at least.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     values: dict[str, object] = {}
     for name, value in vars(step).items():
         if isinstance(value, Tensor):
-            narrow = isinstance(step, Convolution) or (name == "weight" and not isinstance(step, Classifier))
+            narrow = isinstance(step, Convolution) or (name == "weight" and isinstance(step, (Expand, Project, Head)))
             layout = torch.channels_last if value.ndim == 4 and isinstance(step, Convolution) else torch.contiguous_format
             value = value.detach().to(dtype if narrow else wide, memory_format=layout, copy=True)
         elif isinstance(value, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 
 from triscale.inference.cpu import CPU, IN_BFLOAT16, bfloat16_is_native
 from triscale.inference.gpu import GPU
-from triscale.inference.lowering import check, plain_kinds
+from triscale.inference.lowering import check, hooked
 from triscale.inference.notices import Once, Tell, warn
-from triscale.inference.steps import Step
 from triscale.kernels.machine import unsupported
 from triscale.model import ConvNet
 from triscale.naming import unknown
@@ -23,13 +23,14 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Compute(Protocol):
-    """An engine: (N, C, H, W) float -> logits float32, without autograd. takes_pixels: uint8 too, which it normalises.
+    """An engine: (N, C, H, W) float -> logits float32, without autograd.
 
-    used: the ways, with their arithmetic, that it has taken so far.
+    takes_pixels: uint8 too, which it normalises. plain: kinds of modules that it has no faster form of. used: the ways, with their
+    arithmetic, that it has taken so far.
     """
 
     takes_pixels: bool
-    steps: tuple[Step, ...]
+    plain: list[str]
 
     @property
     def used(self) -> tuple[str, ...]: ...
@@ -41,8 +42,9 @@ class Optimized(nn.Module):
     """`net` in evaluation mode, computed faster; `optimize` makes it.
 
     forward: (N, C, H, W) float -> logits in the type of x; or uint8 pixels -> float32, with the mean and std of `net.preprocess`.
-    No gradients: where one is asked for, and in float64, the network itself runs. All else (arch, num_classes, preprocess,
-    stages, ...) is the network's own. Its weights are read when this is made, and after `to`.
+    No gradients, and autocast is without effect. The weights are a copy, made now, after `to` and after `load_state_dict`. Where
+    the images ask for a gradient or are float64, and where there is no faster way, `net` itself runs as it is then. All else (arch,
+    num_classes, preprocess, stages, ...) is the network's own.
     """
 
     def __init__(self, net: ConvNet, engine: Engine, precision: Precision | None, compile: bool, tell: Tell) -> None:
@@ -57,68 +59,91 @@ class Optimized(nn.Module):
         """What computes; or, in words, why the network itself does."""
         if self._engine is None:
             self._engine = self._make()
-            if not isinstance(self._engine, str) and (kinds := plain_kinds(self._engine.steps)):
+            if isinstance(self._engine, str):
+                if self._wanted == "triton":
+                    raise ValueError(f"optimize: engine 'triton': {self._engine}")
+            elif kinds := self._engine.plain:
                 self._tell(f"optimize: no faster form of {', '.join(kinds)} (changed, or with a shortcut that pools); these parts run as they are")
         return self._engine
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.net.in_channels or x.device != next(self.net.parameters()).device:
-            where = f"(N, {self.net.in_channels}, H, W) on {next(self.net.parameters()).device}"
-            raise ValueError(f"optimize: expected images {where}, found {tuple(x.shape)} on {x.device}")
+        self._check(x)
         engine = self.engine
         if x.dtype == torch.uint8 and (isinstance(engine, str) or not engine.takes_pixels):
             x = self._normalised(x)
-        reason = engine if isinstance(engine, str) else _reason(x)
+        reason = engine if isinstance(engine, str) else "" if self._wanted == "torch" else _reason(x)
         if isinstance(engine, str) or reason:
             self._tell(f"optimize: {reason}; the network runs as it is")
             return cast(Tensor, self.net(x))
-        with torch.no_grad():
+        if self._wanted == "torch":
+            return engine(x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return engine(x).to(x.dtype if x.is_floating_point() else torch.float32)
 
+    def _check(self, x: Tensor) -> None:
+        if self.net.training:
+            raise ValueError("optimize: the network was put into training mode; call its eval(), and optimize it again for its new weights")
+        place = next(self.net.parameters()).device
+        if x.ndim != 4 or x.shape[1] != self.net.in_channels or x.device != place or not (x.is_floating_point() or x.dtype == torch.uint8):
+            expected = f"float or uint8 images (N, {self.net.in_channels}, H, W) on {place}"
+            raise ValueError(f"optimize: expected {expected}, found {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}")
+
     def _normalised(self, x: Tensor) -> Tensor:
-        mean, std = (x.new_tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in self._pixels())
+        pixels = self._pixels()
+        if pixels is None:
+            raise ValueError("optimize: uint8 images need the network's mean and std, and it has no preprocess; give normalised float images")
+        mean, std = (x.new_tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in pixels)
         return (x.float() - mean) / std
 
-    def _pixels(self) -> tuple[Sequence[float], Sequence[float]]:
+    def _pixels(self) -> tuple[Sequence[float], Sequence[float]] | None:
         preprocess: Any = getattr(self.net, "preprocess", None)
-        if preprocess is None:
-            raise ValueError("optimize: uint8 images need the network's mean and std, and it has no preprocess; give normalised float images")
-        return preprocess.mean, preprocess.std
+        return (preprocess.mean, preprocess.std) if preprocess is not None else None
 
     def _make(self) -> Compute | str:
         net, tell = self.net, self._tell
-        weight = next(net.parameters())
         if self._wanted == "torch":
             return AsItIs(net)
-        if weight.dtype == torch.float64:
-            return "float64 has no faster way"
-        if net._forward_hooks or net._forward_pre_hooks:
-            return "the network has hooks"
+        if reason := _unfit(net):
+            return reason
+        weight = next(net.parameters())
         own = weight.dtype if weight.dtype != torch.float32 else None
         wanted = getattr(torch, self._precision) if self._precision else own
+        try:
+            copied = copy.deepcopy(net).requires_grad_(False)
+        except (RuntimeError, TypeError) as error:  # weights that are computed, as pruning's are, and whatever else a user's module holds
+            return f"the network can't be copied ({str(error).splitlines()[0]})"
         if self._wanted == "triton" or weight.device.type == "cuda":
-            why = unsupported(weight.device)
-            if why and self._wanted == "triton":
-                raise ValueError(f"optimize: {why}")
-            if why or wanted == torch.float32:
-                return why or "the kernels compute in bfloat16 or float16, and float32 was asked for"
+            if why := unsupported(weight.device):
+                return why
+            if wanted == torch.float32:
+                return "the kernels compute in bfloat16 or float16, and float32 was asked for"
             if wanted is None:
                 tell(IN_BFLOAT16)
-            return GPU(net, wanted or torch.bfloat16, tell, self._pixels() if hasattr(net, "preprocess") else None)
+            return GPU(copied, wanted or torch.bfloat16, tell, self._pixels(), asked=wanted is not None)
         if weight.device.type != "cpu":
             return f"{weight.device.type} has no faster way"
+        return self._on_cpu(copied, wanted)
+
+    def _on_cpu(self, net: ConvNet, wanted: torch.dtype | None) -> Compute | str:
         if wanted == torch.float16:
+            if self._precision is None:
+                return "float16 has no faster way on a CPU"
             raise ValueError("optimize: expected precision float32 or bfloat16 on a CPU, found float16")
         if wanted == torch.bfloat16 and not bfloat16_is_native():
-            tell("optimize: this processor has no bfloat16 arithmetic; float32 is used")
+            self._tell("optimize: this processor has no bfloat16 arithmetic; float32 is used")
             wanted = torch.float32
         fast = [torch.bfloat16] if bfloat16_is_native() else []
-        return CPU(net, [wanted] if wanted else [*fast, torch.float32], tell, compile=self._compile)
+        net = net.float() if wanted != torch.bfloat16 or self._precision else net
+        return CPU(net, [wanted] if wanted else [*fast, torch.float32], self._tell, compile=self._compile)
 
     def train(self, mode: bool = True) -> Optimized:
         if mode:
             raise ValueError("optimize: an optimised network can't be trained; train the network itself and optimise it then")
         return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        self._engine = None
+        return super().load_state_dict(*args, **options)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Optimized:
         self._engine = None
@@ -143,11 +168,20 @@ class AsItIs:
 
     def __init__(self, net: ConvNet) -> None:
         self.net = net
-        self.steps: tuple[Step, ...] = ()
+        self.plain: list[str] = []
         self.used = ("eager",)
 
     def __call__(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.net(x))
+
+
+def _unfit(net: ConvNet) -> str:
+    """Why no engine can take the network; empty where one can."""
+    if next(net.parameters()).dtype == torch.float64:
+        return "float64 has no faster way"
+    if hooked(net):
+        return "the network has hooks"
+    return "the network's forward was exchanged" if "forward" in vars(net) else ""
 
 
 def _reason(x: Tensor) -> str:
@@ -184,6 +218,8 @@ def optimize(
     for name, value, known in (("engine", engine, get_args(Engine)), ("precision", precision or "float32", get_args(Precision))):
         if value not in known:
             raise unknown(f"optimize: {name}", value, known)
+    if engine == "torch" and precision is not None:
+        raise ValueError(f"optimize: precision {precision!r} goes with the engines auto and triton; torch runs the network as it is")
     out = Optimized(check(net.net if isinstance(net, Optimized) else net), engine, precision, compile, tell)
     _ = out.engine  # what is wrong shows now
     if shape is not None:
@@ -196,5 +232,5 @@ def _fields(shape: tuple[int, int, int, int]) -> Tensor:
     """Smooth random fields, which networks for pictures take better than noise."""
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"optimize: expected a shape (N, C, H, W), found {shape}")
-    own = torch.Generator().manual_seed(0)  # the caller's random numbers go on as if nothing had been
-    return F.interpolate(torch.randn(*shape[:2], 7, 7, generator=own, dtype=torch.float32), shape[2:], mode="bilinear")
+    own = torch.Generator("cpu").manual_seed(0)  # the caller's random numbers go on as if nothing had been
+    return F.interpolate(torch.randn(*shape[:2], 7, 7, generator=own, dtype=torch.float32, device="cpu"), shape[2:], mode="bilinear")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -16,10 +17,14 @@ _told: set[str] = set()
 
 
 def warn(text: str) -> None:
-    """As a warning, the same text once a process."""
-    if text not in _told:
-        _told.add(text)
-        warnings.warn(text, OptimizeWarning, stacklevel=2)
+    """As a warning of the line outside this package and torch that led here, the same text once a process."""
+    if text in _told:
+        return
+    _told.add(text)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("triscale.inference", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, OptimizeWarning, stacklevel=level)
 
 
 class Once:

@@ -101,8 +101,8 @@ class OneDNN(Torch):
             x = padded(x, pad)
         stride = [step.window.stride] * 2
         if step not in self.packed:
-            packed = torch.ops.mkldnn._reorder_convolution_weight(weight().contiguous(), inside, stride, [1, 1], groups, list(x.shape))
-            self.packed[step] = packed, step.bias.to(step.weight.dtype)
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight().to(x.dtype).contiguous(), inside, stride, [1, 1], groups, list(x.shape))
+            self.packed[step] = packed, step.bias.to(x.dtype)
         attr, scalars = _FUSED[act]
         return cast(Tensor, torch.ops.mkldnn._convolution_pointwise(x, *self.packed[step], inside, stride, [1, 1], groups, attr, scalars, ""))
 

@@ -1,7 +1,7 @@
 """What a network in evaluation comes down to: a list of steps, each a dataclass with its weights, batch norm folded in.
 
 Weights are laid out as the kernels take them: pointwise (I, O), depthwise (K, K, C), stem (K, K, I, O); those of a dense
-convolution as torch has them, (O, I, K, K). All weights and biases of a network have one dtype. An activation is "silu",
+convolution as torch has them, (O, I, K, K). Their types: `lowering.converted`. An activation is "silu",
 "relu", "relu6" or "none". Sizes of images are not in here: padding is computed from the image that comes.
 """
 

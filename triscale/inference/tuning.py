@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -31,7 +31,6 @@ LARGEST = 1 << 20  # bytes of a file that is looked into
 BUDGET = 0.5  # seconds that measuring may take; two runs of two calls where that is longer: three more batches for a large network
 ROUNDS = 10
 
-T = TypeVar("T")
 Question = Mapping[str, Any]
 Seconds = dict[str, float]
 
@@ -59,18 +58,25 @@ def processor() -> str:
 
 
 class Choices:
-    """The answers in a folder; the cache's unless given."""
+    """The answers in a folder; the cache's unless given. folder: None where there is none."""
 
     def __init__(self, tell: Tell, folder: Path | None = None) -> None:
-        self.tell, self.folder = tell, folder or cache_folder("tuning")
+        self.tell = tell
+        try:
+            self.folder: Path | None = folder or cache_folder("tuning")
+        except ValueError as error:  # no home
+            self.folder = None
+            tell(f"optimize: what is measured can't be kept: {error}")
 
-    def path(self, question: Question) -> Path:
+    def path(self, question: Question) -> Path | None:
         key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{key[:32]}.json"
+        return self.folder and self.folder / f"{key[:32]}.json"
 
     def get(self, question: Question) -> str | None:
         """The choice, None where there is none that holds for these versions."""
         path = self.path(question)
+        if path is None:
+            return None
         try:
             if path.stat().st_size > LARGEST:
                 raise ValueError("too large")
@@ -96,8 +102,11 @@ class Choices:
             "choice": choice,
             "seconds": {k: v for k, v in seconds.items() if math.isfinite(v)},
         }
+        path = self.path(question)
+        if path is None:
+            return
         try:
-            write_text(self.path(question), json.dumps(data, indent=1))
+            write_text(path, json.dumps(data, indent=1))
         except OSError as error:
             self.tell(
                 f"optimize: {self.folder}: what was measured can't be kept ({error.strerror}); set TRISCALE_HOME to a folder that can be written"
@@ -109,22 +118,22 @@ def _listed(found: object) -> str:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], T]], right: Callable[[str, T], bool], *, budget: float = BUDGET, rounds: int = ROUNDS, least: int = 2
+    calls: Mapping[str, Callable[[], object]], ready: Callable[[str], bool], *, budget: float = BUDGET, rounds: int = ROUNDS, least: int = 2
 ) -> Seconds:
     """Seconds of the fastest run of each call, in their order.
 
-    The first runs, which may prepare something, don't count: they are shown to `right`, and a call that isn't right is left out.
-    Once `least` are tried and the budget is used up, no other is. Then up to `rounds` in turn, at least one, while the budget lasts.
+    ready: runs a call a first time, which may prepare something and doesn't count; False leaves it out. Once `least` are ready and
+    the budget is used up, no other is tried. Then up to `rounds` in turn, at least one, while the budget lasts.
     One thread's work is timed by what it takes of the CPU, which other processes change little; several threads' by the clock.
     """
     fine = time.get_clock_info("thread_time").resolution < 1e-4  # not on Windows
     clock = time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
     begun = clock()
     tried: list[str] = []
-    for i, (name, call) in enumerate(calls.items()):
-        if i >= least and clock() - begun > budget:
+    for name in calls:
+        if len(tried) >= least and clock() - begun > budget:
             break
-        if right(name, call()):
+        if ready(name):
             tried.append(name)
     best = dict.fromkeys(tried, math.inf)
     for i in range(rounds):

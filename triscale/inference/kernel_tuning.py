@@ -1,0 +1,104 @@
+"""The fastest configuration of each kernel for each of its sizes, measured on the GPU once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from triscale.inference.notices import Tell
+from triscale.inference.tuning import Choices
+from triscale.kernels.machine import interpreted
+
+TRIED = 4  # of each kernel's configurations, the likely fastest first: each is compiled, which takes the better part of a second
+LAUNCHES, REPLAYS = 10, 5  # of each configuration when it is measured
+
+
+def not_compiled() -> tuple[type[BaseException], ...]:
+    """What Triton raises where a kernel doesn't compile or needs more than the GPU has."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return CompilationError, OutOfResources, PTXASError
+
+
+class Tuner:
+    """The configuration of a kernel for given sizes: from memory, from disk, measured now, or, where `measures` is False or the
+    stream is being captured, the likely fastest."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, tell: Tell) -> None:
+        self.device, self.dtype, self.tell = device, dtype, tell
+        self.measures = True
+        self.choices = Choices(tell)
+        self.found: dict[str, Any] = {}
+        # Bytes that a program may have; Hopper's where the interpreter stands in for a GPU.
+        self.shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 * 1024
+
+    def __call__(self, kernel: str, sizes: Mapping[str, Any], configs: Callable[[], Sequence[Any]], run: Callable[[Any], object]) -> Any:
+        """One of `configs()`, where the likely fastest come first; None for the kernel's own choice. Raises one of `not_compiled`
+        where none compiles."""
+        if interpreted():
+            return max(configs(), key=lambda c: c.block_m * c.block_o) if kernel == "pointwise" else None  # it takes its time by the program
+        key = f"{kernel} {sizes}"
+        if key not in self.found:
+            config, certain = self._find({"kernel": kernel, **sizes}, configs()[:TRIED], run)
+            if not certain:
+                return config
+            self.found[key] = config
+        return self.found[key]
+
+    def _find(self, question: Mapping[str, Any], configs: Sequence[Any], run: Callable[[Any], object]) -> tuple[Any, bool]:
+        """The configuration, and whether it is the fastest as far as is known."""
+        import triton
+
+        by_name = {str(c): c for c in configs}
+        if len(by_name) == 1:
+            return configs[0], True
+        gpu = torch.cuda.get_device_name(self.device)
+        question = {**question, "dtype": str(self.dtype), "gpu": gpu, "triton": triton.__version__}
+        name = self.choices.get(question)
+        if name in by_name:
+            return by_name[name], True
+        if not self.measures or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return configs[0], False
+        self.tell(f"optimize: measuring kernels on {gpu}, a minute or two for each new shape of images; kept in {self.choices.folder}")
+        seconds: dict[str, float] = {}
+        failure: BaseException | None = None
+        for name, config in by_name.items():
+            try:
+                seconds[name] = _seconds(partial(run, config))
+            except not_compiled() as error:
+                failure = error
+        if not seconds and failure is not None:
+            raise failure
+        name = min(seconds, key=seconds.__getitem__)
+        self.choices.put(question, name, seconds)
+        return by_name[name], True
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of one launch within a graph, so that what the CPU takes doesn't count. No other capture may be under way in the process."""
+    run()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    graph = torch.cuda.CUDAGraph()
+    taken = []
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")  # other threads go on copying images
+        try:
+            for _ in range(LAUNCHES):
+                run()
+        finally:
+            graph.capture_end()  # else the stream would go on capturing, and nothing could free memory
+        for _ in range(REPLAYS):
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            taken.append(1e-3 * start.elapsed_time(end) / LAUNCHES)
+    graph.reset()
+    torch.cuda.empty_cache()  # the graph's own pool, which a later capture couldn't take back
+    return min(taken)
