@@ -1,6 +1,7 @@
 """B0 optimised, batch 1, one thread: beside itself and timm's, eager and compiled, all channels-last, in turn, with the same weights.
 
-timm compiled: torch.compile with frozen weights, its fastest form on a CPU; compiling takes minutes and is not timed. Errors: the largest
+Compiled: torch.compile with the weights as constants, its fastest form on a CPU, in bfloat16 under autocast; `optimize(compile=True)` tries
+that too. Compiling takes a quarter of a minute each and is not timed. Errors: the largest
 difference from timm's eager logits, as a share of the largest logit. Classes: how many of 256 ImageNet pictures V2-B0's own weights
 classify otherwise once optimised (TRISCALE_TEST_DATA; left out where that isn't there). Parts: the fastest of PROFILED runs of each step
 of the optimised network; of the eager one, torch's profiler's time by operator, which its own work makes longer.
@@ -23,7 +24,7 @@ import torch
 
 from triscale.families import arch
 from triscale.inference import optimize
-from triscale.inference.cpu import bfloat16_is_native
+from triscale.inference.cpu import bfloat16_is_native, compiled
 from triscale.inference.executor import execute
 from triscale.inference.lowering import lower
 from triscale.inference.onednn import OneDNN
@@ -47,7 +48,10 @@ def networks(image, quick):
     if bfloat16_is_native():
         found["triscale", "optimised, bfloat16"] = optimize(net, precision="bfloat16")
     if not quick:
-        found["timm", "compiled"] = torch.compile(peer, options={"freezing": True})
+        for library, network in (("timm", peer), ("triscale", net)):
+            found[library, "compiled"] = compiled(network, torch.float32)
+            if bfloat16_is_native():
+                found[library, "compiled, bfloat16"] = compiled(network, torch.bfloat16)
     return found
 
 
@@ -76,7 +80,7 @@ def main(quick=False):
         choices = [json.loads(file.read_text()) for file in (home / "tuning").iterdir()]
         ways = {data["of"]["dtypes"][0]: data["choice"] for data in choices}
         timings = time_in_turn({key: partial(net, image) for key, net in nets.items()}, runs=20 if quick else RUNS, threads_used=1)
-        return [*rows_of(timings, errors, ways), *parts(nets["triscale", "eager"], image), *classes()]
+        return [*rows_of(timings, errors, ways), *parts(nets["triscale", "eager"], image, fuse=ways["torch.float32"] == "onednn fused"), *classes()]
 
 
 def settle(net, image):
@@ -118,9 +122,9 @@ class Timed:
         return timed
 
 
-def parts(net, image):
+def parts(net, image, fuse):
     """Rows: where the optimised and the eager network spend their time."""
-    steps, timed = lower(net), Timed(OneDNN(fuse=True))
+    steps, timed = lower(net), Timed(OneDNN(fuse=fuse))
     for _ in range(PROFILED):
         execute(timed, steps, image)
     found = Counter()

@@ -1,7 +1,7 @@
 """The CPU engine: one function by several ways, of which the fastest is taken for each size of image.
 
 `plain` is the network itself; `folded`, its steps in plain torch; `onednn` and `onednn fused`, its steps through oneDNN's packed
-operators; `compiled`, torch.compile with frozen weights, tried only where asked for, as compiling takes a minute or more. All
+operators; `compiled`, torch.compile with frozen weights, tried only where asked for, as compiling takes a quarter of a minute or more. All
 but `plain` in float32, in bfloat16, or in both: then the faster arithmetic is taken too.
 
 A way counts only if its logits of the first batch agree with the network's: in float32 within 1e-4 of the largest, or within ten
@@ -20,7 +20,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from triscale.inference import onednn
 from triscale.inference.agreement import agree, comparable, largest_error, no_worse
@@ -153,8 +153,8 @@ class CPU:
 
     def _forms(self) -> dict[str, Form]:
         """By name, in the order in which they are tried: after `plain` what is fastest for most."""
-        compiled: tuple[Kind, ...] = ("compiled",) if self.compile else ()
-        kinds: list[tuple[Kind, ...]] = [compiled, ("onednn fused", "onednn") if onednn.available() else (), ("folded",)]
+        slow: tuple[Kind, ...] = ("compiled",) if self.compile else ()
+        kinds: list[tuple[Kind, ...]] = [slow, ("onednn fused", "onednn") if onednn.available() else (), ("folded",)]
         forms = [Form(kind, dtype) for some in kinds for dtype in self.dtypes for kind in some]
         return {form.name: form for form in (Form("plain", self.given), *forms)}
 
@@ -201,7 +201,7 @@ class CPU:
         if form.kind == "plain":
             return lambda x: self.net(x.to(self.given)).float()
         if form.kind == "compiled":
-            return _compiled(self.net, form.dtype)
+            return compiled(self.net, form.dtype)
         engine = Torch() if form.kind == "folded" else onednn.OneDNN(fuse=form.kind == "onednn fused")
         steps = self._steps(form.dtype)
         return lambda x: execute(engine, steps, x.to(form.dtype)).float()
@@ -212,16 +212,16 @@ class CPU:
         return self.lowered[dtype]
 
 
-def _compiled(net: ConvNet, dtype: torch.dtype) -> Way:
+def compiled(net: nn.Module, dtype: torch.dtype) -> Way:
     """torch.compile with the weights as constants, which takes the norms into them."""
     from torch._inductor import config
 
-    compiled, shapes = torch.compile(net, dynamic=False), set[torch.Size]()
+    function, shapes = torch.compile(net, dynamic=False), set[torch.Size]()
 
     def way(x: Tensor) -> Tensor:
         new = config.patch(freezing=True) if x.shape not in shapes else nullcontext()  # torch looks when it traces, not at options
         with new, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out: Tensor = compiled(x).float()
+            out: Tensor = function(x).float()
         shapes.add(x.shape)
         return out
 

@@ -212,7 +212,7 @@ def optimize(
     shape: (N, C, H, W) of the images to come, to be measured now, not at the first call. engine: `torch` for the network as it is,
     `triton` for the kernels or an error. precision: bfloat16 (on a CPU only where the processor has it), float16 (GPU), or
     float32: on a CPU logits within 1e-4, on a GPU the network as it is. compile: on a CPU, torch.compile is tried too, which takes
-    a minute or more each time. tell: what is called with notices; a warning unless given. Raises ValueError for what
+    a quarter of a minute or more each time. tell: what is called with notices; a warning unless given. Raises ValueError for what
     `triscale.build` didn't make and in training mode.
     """
     for name, value, known in (("engine", engine, get_args(Engine)), ("precision", precision or "float32", get_args(Precision))):
