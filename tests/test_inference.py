@@ -596,9 +596,9 @@ def test_logits_agree_or_not():
 
 
 def test_commands_optimise_what_classifies_more_than_a_few_images(b0, home, capsys):
-    from triscale.commands.running import FEW, Speed
+    from triscale.commands.running import FEW, EngineSpeed
 
-    few, many, plain = (Speed(engine=e).prepare(copy.deepcopy(b0)) for e in ("auto", "auto", "torch"))
+    few, many, plain = (EngineSpeed(engine=e).prepare(copy.deepcopy(b0)) for e in ("auto", "auto", "torch"))
     x = images(FEW, (32, 32), 1)
     assert torch.equal(few(x), plain(x))
     assert not home.exists()

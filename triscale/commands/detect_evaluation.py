@@ -141,7 +141,8 @@ def _setting(card: DetectorCard, speed: Speed) -> dict[str, Any]:
     from triscale.version import __version__
 
     machine = {"processor": processor(), "python": platform.python_version(), "torch": torch.__version__, "triscale": __version__}
-    device = torch.cuda.get_device_name(speed.device) if speed.device.startswith("cuda") else speed.device
+    device = available(speed.device)
+    device = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     network = {"network": card.arch.name or "unnamed detector", "preprocess": card.preprocess.to_dict(), "rules": asdict(card.rules)}
     return network | {"speed": asdict(speed), "device": device, "machine": machine}
 

@@ -11,7 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from triscale.commands.running import Forward, Speed, Weights, progress
+from triscale.commands.running import EngineSpeed, Forward, Weights, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class _Work:
     computed: list[str]
 
 
-_DEFAULT = Speed()
+_DEFAULT = EngineSpeed()
 
 
 def eval(
@@ -50,7 +50,7 @@ def eval(
     devkit: Path | None = None,
     out: Path | None = None,
     json: bool = False,
-    speed: Speed = _DEFAULT,
+    speed: EngineSpeed = _DEFAULT,
 ) -> int:
     """Exact top-1 and top-5 accuracy on a folder, accuracy by class, and the confusion matrix as a plot and CSV.
 
@@ -102,7 +102,7 @@ def eval(
     return 1 if work.failures or work.scores.broken else 0
 
 
-def _setting(card: ModelCard, speed: Speed, world: int, work: _Work) -> dict[str, object]:
+def _setting(card: ModelCard, speed: EngineSpeed, world: int, work: _Work) -> dict[str, object]:
     """What the figures were measured with."""
     import torch
 
@@ -114,7 +114,7 @@ def _setting(card: ModelCard, speed: Speed, world: int, work: _Work) -> dict[str
     return network | {"processes": world, "speed": asdict(speed) | {"computed": work.computed}, "machine": machine}
 
 
-def _shared_work(images: Truth, net: ConvNet, preprocess: Preprocess, speed: Speed, share: tuple[int, int]) -> _Work:
+def _shared_work(images: Truth, net: ConvNet, preprocess: Preprocess, speed: EngineSpeed, share: tuple[int, int]) -> _Work:
     """The work of all processes, in each of them."""
     from triscale.evaluate import gather
 
@@ -125,7 +125,7 @@ def _shared_work(images: Truth, net: ConvNet, preprocess: Preprocess, speed: Spe
     return _Work(scores, dict(sorted(failures.items())), max(part.seconds for part in parts), computed)
 
 
-def _work(images: Truth, logits_of: Forward, preprocess: Preprocess, classes: int, speed: Speed, share: tuple[int, int]) -> _Work:
+def _work(images: Truth, logits_of: Forward, preprocess: Preprocess, classes: int, speed: EngineSpeed, share: tuple[int, int]) -> _Work:
     """This process's share: every world-th image from its rank on."""
     import torch
 

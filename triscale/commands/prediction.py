@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from triscale.commands.running import Reading, Speed, Weights, progress
+from triscale.commands.running import EngineSpeed, Reading, Weights, progress
 from triscale.text import aligned, printable
 
 if TYPE_CHECKING:
     from triscale.predict import Prediction
 
 Target = Literal["timm", "torchvision", "lukemelas", "openmmlab", "keras-npz", "triscale"]
-_DEFAULT = Speed()
+_DEFAULT = EngineSpeed()
 
 
 def predict(
@@ -29,7 +29,7 @@ def predict(
     json: bool = False,
     csv: bool = False,
     out: Path | None = None,
-    speed: Speed = _DEFAULT,
+    speed: EngineSpeed = _DEFAULT,
 ) -> int:
     """Classify image files. The weights' own preprocessing is applied.
 

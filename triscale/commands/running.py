@@ -152,7 +152,7 @@ def _fetch(entry: Any, offline: bool) -> Any:
 
 @dataclass(frozen=True)
 class Speed:
-    """How the work is done; none of it changes the results, but for rounding, which is bfloat16's with `engine` auto on a GPU."""
+    """How the work is done; none of it changes the results, but for rounding."""
 
     batch: int = 16
     """Images at a time."""
@@ -160,16 +160,22 @@ class Speed:
     """Threads that read images and run the network; as many as torch has unless given."""
     threads: int | None = None
     """CPU threads in all; torch's own choice unless given."""
-    device: str = "cpu"
+    device: str = "auto"
     """cpu, cuda, auto (cuda where there is one), or another device of torch."""
-    engine: Literal["auto", "torch"] = "auto"
-    """auto: after 64 images what is fastest here: on an NVIDIA GPU kernels of our own in bfloat16, on a CPU the same float32 arithmetic in
-    fewer steps. torch: the network as it is."""
 
     def check(self) -> None:
         """Raises ValueError for numbers below 1."""
         if self.batch < 1 or (self.workers is not None and self.workers < 1):
             raise ValueError(f"--batch and --workers: expected 1 or more, found {self.batch} and {self.workers}")
+
+
+@dataclass(frozen=True)
+class EngineSpeed(Speed):
+    """How a classifier does its work; rounding is bfloat16's with `engine` auto on a GPU."""
+
+    engine: Literal["auto", "torch"] = "auto"
+    """auto: after 64 images what is fastest here: on an NVIDIA GPU kernels of our own in bfloat16, on a CPU the same float32 arithmetic in
+    fewer steps. torch: the network as it is."""
 
     def prepare(self, net: ConvNet, world: int = 1) -> Forward:
         """Sets the threads; the network on the device. world: processes that share the work."""
