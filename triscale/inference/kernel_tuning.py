@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -64,23 +66,32 @@ class Tuner:
         if not self.measures or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return configs[0], False
         self.tell(f"optimize: measuring kernels on {gpu}, a minute or two for each new shape of images; kept in {self.choices.folder}")
-        seconds: dict[str, float] = {}
-        failure: BaseException | None = None
-        for name, config in by_name.items():
-            try:
-                seconds[name] = _seconds(partial(run, config))
-            except not_compiled() as error:
-                failure = error
-        if not seconds and failure is not None:
-            raise failure
+        failures = self._compiled(by_name, run)
+        if len(failures) == len(by_name):
+            raise next(iter(failures.values()))
+        seconds = {name: _seconds(partial(run, config)) for name, config in by_name.items() if name not in failures}
         name = min(seconds, key=seconds.__getitem__)
         self.choices.put(question, name, seconds)
         return by_name[name], True
 
+    def _compiled(self, configs: Mapping[str, Any], run: Callable[[Any], object]) -> dict[str, BaseException]:
+        """Compiles all at once, each in a thread, as Triton's compiler leaves Python alone; what didn't compile, by name."""
+
+        def launch(config: Any) -> BaseException | None:
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                try:
+                    run(config)
+                except not_compiled() as error:
+                    return error
+            return None
+
+        with ThreadPoolExecutor(len(configs)) as pool:
+            errors = dict(zip(configs, pool.map(launch, configs.values()), strict=True))
+        return {name: error for name, error in errors.items() if error is not None}
+
 
 def _seconds(run: Callable[[], object]) -> float:
     """Of one launch within a graph, so that what the CPU takes doesn't count. No other capture may be under way in the process."""
-    run()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
