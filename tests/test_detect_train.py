@@ -511,7 +511,7 @@ def judged_by_two_processes(out, boxes, resumed):
         (("--raw",), "--raw and --offline: of --weights"),
         (("--keep", "best", "--backbone", "efficientnet_b0", "--device", "abacus"), "--device abacus"),
         (("--memory", "1MB", "--backbone", "efficientnet_b0"), "--memory: a step of one image needs"),
-        (("--workers", "0", "--backbone", "efficientnet_b0"), "--workers and --save-every"),
+        (("--workers", "0", "--backbone", "efficientnet_b0"), "--workers: expected 1 or more, found 0"),
     ],
 )
 def test_mistakes_are_one_line(folder, tmp_path, capsys, options, message, monkeypatch):

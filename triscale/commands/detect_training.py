@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from triscale.architecture import Arch
 from triscale.commands import TYRO
 from triscale.commands.bars import bars
-from triscale.commands.following import FIRST, PROCESSES, StopSignal, available_cores, follow, named_recipe
+from triscale.commands.computing import Computing, Keeping, make_running
+from triscale.commands.following import FIRST, PROCESSES, available_cores, follow, named_recipe
 from triscale.commands.networks import read_arch
-from triscale.commands.run_folder import run_folder
 from triscale.detector import DetectorArch, detector_cost, retinanet, scale_detector
 from triscale.detector_recipe import DetectorRecipe, detector_recipe
 from triscale.quantities import count, short
@@ -53,29 +53,11 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Computing:
+class DetectorComputing(Computing):
     """How a step is computed."""
 
-    device: str = "cpu"
-    """cpu, cuda, or auto."""
-    threads: int | None = None
-    """CPU threads; torch's own choice unless given."""
     workers: int | None = None
     """Threads that read images ahead; one a core, at most 8, unless given."""
-    broken_share: float = 0.05
-    """Share of the images that may be unreadable; they are left out and listed."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions: auto is bfloat16 on an accelerator that has it, float32 on a CPU."""
-    micro_batch: int = 0
-    """Images at a time; 0: all of a process's share of the batch. Each part is normalised by its own number of positive anchors."""
-    memory: str | None = None
-    """The largest --micro-batch whose step's tensors fit this, e.g. 8GB, counted in float32 without --recompute."""
-    recompute: bool = False
-    """Keep only the backbone's blocks' outputs, and compute what is inside them again in the backward pass."""
-    compile: bool = False
-    """Use torch.compile."""
-    shard: bool = False
-    """Share the optimiser's state out over the processes."""
 
 
 @dataclass
@@ -95,17 +77,10 @@ class DetectTrain:
     offline: bool = False
     """Of published checkpoints, only those in the cache."""
     shape: Shape = field(default_factory=Shape)
-    out: Path | None = None
-    """The run folder; runs/DATA-BACKBONE, with a number where that is taken, unless given."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint in --out, where there is one."""
-    save_every: int = 0
-    """Steps between checkpoints, beside those at the end of each epoch."""
-    tensorboard: bool = False
-    """Write TensorBoard's curves too."""
     recipe: str = "coco-1x"
     """Named settings, which the options below override: coco-1x, finetune."""
-    computing: Computing = field(default_factory=Computing)
+    keeping: Keeping = field(default_factory=Keeping)
+    computing: DetectorComputing = field(default_factory=DetectorComputing)
     settings: Annotated[DetectorRecipe, tyro.conf.arg(name="")] = field(default_factory=DetectorRecipe)
 
 
@@ -128,12 +103,11 @@ def detect_train(args: list[str]) -> int:
     if options.computing.device != "auto":
         available(options.computing.device, PROCESSES)  # told before the data are read
     set_threads(options.computing.threads)
-    if options.out is None and PROCESSES > 1:
-        raise ValueError("--out: several processes need to be told their folder")
+    options.keeping.check()
     backbone, start, preprocess = _beginning(options)
     arch = _arch(options.shape, backbone, start)
     preprocess = replace(preprocess, size=arch.backbone.resolution)
-    out = run_folder(options.out, f"{Path(options.data).name or 'boxes'}-{Path(arch.backbone.name or 'network').name}", options.resume, FIRST)
+    out = options.keeping.folder(f"{Path(options.data).name or 'boxes'}-{Path(arch.backbone.name or 'network').name}")
     boxes = _boxes(options)
     running = _running(options, arch, len(boxes.train.classes))
     if FIRST:
@@ -249,24 +223,12 @@ def _boxes(options: DetectTrain) -> Boxes:
 
 
 def _running(options: DetectTrain, arch: DetectorArch, classes: int) -> Running:
-    from triscale.train.events import Running
-    from triscale.train.plan import Plan
-
     c = options.computing
     workers = c.workers if c.workers is not None else min(8, available_cores())
-    if workers < 1 or options.save_every < 0:
-        raise ValueError(f"--workers and --save-every: expected 1 and 0 or more, found {workers} and {options.save_every}")
-    plan = Plan(c.device, c.precision, c.micro_batch, c.recompute, c.compile)
-    return Running(
-        _fitted(plan, options, arch, classes) if c.memory is not None else plan,
-        workers,
-        options.save_every,
-        resume=options.resume,
-        shard=c.shard,
-        tensorboard=options.tensorboard,
-        broken_share=c.broken_share,
-        stop=StopSignal(),
-    )
+    if workers < 1:
+        raise ValueError(f"--workers: expected 1 or more, found {workers}")
+    plan = c.plan()
+    return make_running(_fitted(plan, options, arch, classes) if c.memory is not None else plan, workers, c, options.keeping)
 
 
 def _fitted(plan: Plan, options: DetectTrain, arch: DetectorArch, classes: int) -> Plan:
@@ -274,8 +236,6 @@ def _fitted(plan: Plan, options: DetectTrain, arch: DetectorArch, classes: int) 
     from triscale.detector_memory import detector_memory
     from triscale.train.plan import optimizer_slots
 
-    if plan.micro_batch:
-        raise ValueError("--memory and --micro-batch: expected one of the two")
     limit, share = count(options.computing.memory or "0"), max(1, options.settings.batch_size // PROCESSES)
     slots = optimizer_slots(options.settings.loop(1))
     for parts in range(1, share + 1):

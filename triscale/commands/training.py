@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from triscale.architecture import Arch
 from triscale.commands import TYRO
 from triscale.commands.bars import bars
+from triscale.commands.computing import Computing, Keeping, make_running
 from triscale.commands.fitting import SMALL, fitted
-from triscale.commands.following import FIRST, PROCESSES, StopSignal, available_cores, follow, named_recipe
+from triscale.commands.following import FIRST, PROCESSES, available_cores, follow, named_recipe
 from triscale.commands.networks import read_arch
-from triscale.commands.run_folder import run_folder
 from triscale.quantities import count, short
 from triscale.recipe import UNIT_MEAN, UNIT_STD, Recipe
 from triscale.recipes import FINETUNE, named
@@ -25,36 +25,16 @@ if TYPE_CHECKING:
     from triscale.data.datasets import Listing
     from triscale.recipe import Preprocess
 
-Precision = Literal["auto", "float32", "bfloat16"]
-
 
 @dataclass(frozen=True)
-class Computing:
+class ClassifierComputing(Computing):
     """How a step is computed."""
 
-    device: str = "cpu"
-    """cpu, cuda, or auto."""
-    threads: int | None = None
-    """CPU threads; torch's own choice unless given."""
     workers: int | None = None
     """What prepares batches ahead: threads for images in memory (none unless given), processes for streamed ones (one a core,
     at most 8)."""
     stream: bool | None = None
     """Decode images when they are needed instead of holding them in memory: what fits and isn't cropped at random is held unless given."""
-    broken_share: float = 0.05
-    """Share of the images that may be unreadable; they are left out and listed."""
-    precision: Precision = "auto"
-    """Of convolutions: auto is bfloat16 on an accelerator that has it, float32 on a CPU."""
-    memory: str | None = None
-    """Split the batch so that a step's tensors fit this, e.g. 2GB, counted in float32 without --recompute."""
-    micro_batch: int = 0
-    """Images at a time, instead of by --memory; 0: all of a process's share."""
-    recompute: bool = False
-    """Keep only the blocks' outputs, and compute what is inside them again in the backward pass."""
-    compile: bool = False
-    """Use torch.compile."""
-    shard: bool = False
-    """Share the optimiser's state out over the processes."""
 
 
 @dataclass
@@ -83,18 +63,11 @@ class Train:
     """Of evaluation: pixels that the crop leaves out around its side; 32 from 96 px on, else and for cifar and digits 0 unless given."""
     data_dir: str | None = None
     """Where a named data set lies, as torchvision keeps it (cifar10 also as Parquet)."""
-    out: Path | None = None
-    """The run folder; runs/DATA-ARCH, with a number where that is taken, unless given."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint in --out, where there is one."""
-    save_every: int = 0
-    """Steps between checkpoints, beside those at the end of each epoch."""
-    tensorboard: bool = False
-    """Write TensorBoard's curves too."""
     recipe: str = "quick"
     """Named settings, which the options below override: quick, small, cifar10, proxy, finetune, transfer, paper, paper-gpu, randaugment,
     advprop. transfer has the epochs of 20 000 steps for the eight data sets' names."""
-    computing: Computing = field(default_factory=lambda: Computing())
+    keeping: Keeping = field(default_factory=Keeping)
+    computing: ClassifierComputing = field(default_factory=ClassifierComputing)
     settings: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
 
@@ -122,11 +95,10 @@ def train(options: Train) -> int:
 
     c = options.computing
     set_threads(c.threads)
-    if options.out is None and PROCESSES > 1:
-        raise ValueError("--out: several processes need to be told their folder")
+    options.keeping.check()
     arch, start, given = _beginning(options)
     label = Path(arch.name or Path(options.arch or "network").stem).name
-    out = run_folder(options.out, f"{Path(options.data).name}-{label}", options.resume, FIRST)
+    out = options.keeping.folder(f"{Path(options.data).name}-{label}")
     channels = given.channels if given else 1 if options.data == "digits" else 3
     with bars() as bar:
         task = bar.add_task("looking for images", total=None, unit="images", visible=FIRST)
@@ -199,29 +171,17 @@ def _remarks(listing: Listing) -> None:
 
 
 def _running(options: Train, arch: Arch, data: Data, channels: int) -> Running:
-    from triscale.classify import Running
-    from triscale.train.plan import Plan, fit_memory
+    from triscale.train.plan import fit_memory
 
     c = options.computing
     workers = c.workers if c.workers is not None else min(8, available_cores()) if data.streamed else 0
-    if workers < 0 or options.save_every < 0:
-        raise ValueError(f"--workers and --save-every: expected 0 or more, found {workers} and {options.save_every}")
-    plan = Plan(c.device, c.precision, c.micro_batch, c.recompute, c.compile)
+    if workers < 0:
+        raise ValueError(f"--workers: expected 0 or more, found {workers}")
+    plan = c.plan()
     if c.memory is not None:
-        if c.micro_batch:
-            raise ValueError("--memory and --micro-batch: expected one of the two")
         share = max(1, options.settings.batch_size // PROCESSES)
         plan = fit_memory(plan, arch, options.settings, len(data.classes), count(c.memory), share=share, in_channels=channels)
-    return Running(
-        plan,
-        workers,
-        options.save_every,
-        resume=options.resume,
-        shard=c.shard,
-        tensorboard=options.tensorboard,
-        broken_share=c.broken_share,
-        stop=StopSignal(),
-    )
+    return make_running(plan, workers, c, options.keeping)
 
 
 def _describe(options: Train, arch: Arch, data: Data, channels: int, running: Running) -> None:

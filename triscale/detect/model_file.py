@@ -6,18 +6,17 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from triscale.architecture import Arch
 from triscale.detect.retinanet import Detector, build_detector
 from triscale.detect.rules import MMDETECTION, Rules
 from triscale.detector import DetectorArch
 from triscale.recipe import Preprocess
 from triscale.weights.model_file import KEY as CLASSIFIER_KEY
-from triscale.weights.model_file import ModelFileError, as_float32, difference, first_line, write_state
+from triscale.weights.model_file import ModelFileError, read_state, write_state
 
 FORMAT = 1
 KEY = "triscale-detector"
@@ -85,29 +84,14 @@ def load_detector(path: str | os.PathLike[str]) -> tuple[Detector, DetectorCard]
 
     Every tensor must be there with its shape, and none more. Nothing is executed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelFileError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if KEY not in metadata:
-                what = "a classifier" if CLASSIFIER_KEY in metadata else f"no triscale detector (no '{KEY}' in its metadata)"
-                raise ModelFileError(f"{path}: {what}; expected a detector's file")
-            card = DetectorCard.from_json(metadata[KEY])
-            if sum(stage.layers for stage in card.arch.backbone.stages) > len(file.keys()):  # asked first: a build costs time by the layer
-                raise ModelFileError(f"{path}: its architecture has more layers than the file has tensors")
-            with torch.device("meta"):
-                net = build_detector(card.arch, len(card.classes), card.preprocess.channels, card.rules)
-            wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-            if wanted != found:
-                raise ModelFileError(f"{path}: tensors don't fit its own architecture; {difference(wanted, found)}")
-            net.load_state_dict({name: as_float32(name, file.get_tensor(name)) for name in wanted}, assign=True)
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path}: not a detector's file ({first_line(error)})") from None
-    except ModelFileError:
-        raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelFileError(f"{path}: its metadata make no detector ({first_line(error)})") from None
-    return net.eval().to(memory_format=torch.channels_last), card
+
+    def read(metadata: Mapping[str, str]) -> tuple[DetectorCard, Arch]:
+        if KEY not in metadata:
+            what = "a classifier" if CLASSIFIER_KEY in metadata else f"no triscale detector (no '{KEY}' in its metadata)"
+            raise ModelFileError(f"{what}; expected a detector's file")
+        card = DetectorCard.from_json(metadata[KEY])
+        return card, card.arch.backbone
+
+    make = lambda card: build_detector(card.arch, len(card.classes), card.preprocess.channels, card.rules)  # noqa: E731
+    net, card = read_state(path, "detector", read, make)
+    return net.to(memory_format=torch.channels_last), card

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,8 @@ from triscale.recipe import Preprocess
 
 FORMAT = 1
 KEY = "triscale"
+C = TypeVar("C")
+M = TypeVar("M", bound=nn.Module)
 
 
 class ModelFileError(ValueError):
@@ -87,30 +89,43 @@ def load_model(path: str | os.PathLike[str]) -> tuple[ConvNet, ModelCard]:
 
     Every tensor must be there with its shape, and none more. Tensors of another floating-point precision become float32.
     """
+
+    def read(metadata: Mapping[str, str]) -> tuple[ModelCard, Arch]:
+        if KEY not in metadata:
+            raise ModelFileError(f"a safetensors file, but not a triscale model (no '{KEY}' in its metadata)")
+        card = ModelCard.from_json(metadata[KEY])
+        return card, card.arch
+
+    return read_state(path, "model", read, lambda card: build(card.arch, len(card.classes), card.preprocess.channels))
+
+
+def read_state(path: str | os.PathLike[str], noun: str, read: Callable[[Mapping[str, str]], tuple[C, Arch]], make: Callable[[C], M]) -> tuple[M, C]:
+    """The module that `write_state` wrote, in evaluation mode on the CPU, float32, and what `read` gives of its metadata.
+
+    noun: what the file should be. read: the card and the network in it, by which a file that would cost much to build is refused;
+    raises ModelFileError without the path, ValueError, TypeError or KeyError. make: called on the meta device. Raises ModelFileError.
+    """
     path = Path(path)
     if not path.is_file():
         raise ModelFileError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            if text is None:
-                raise ModelFileError(f"{path}: a safetensors file, but not a triscale model (no '{KEY}' in its metadata)")
-            card = ModelCard.from_json(text)
-            if sum(stage.layers for stage in card.arch.stages) > len(file.keys()):  # asked first: a build costs time by the layer
-                raise ModelFileError(f"{path}: its architecture has more layers than the file has tensors")
+            card, arch = read(file.metadata() or {})
+            if sum(stage.layers for stage in arch.stages) > len(file.keys()):  # asked first: a build costs time by the layer
+                raise ModelFileError("its architecture has more layers than the file has tensors")
             with torch.device("meta"):
-                net = build(card.arch, len(card.classes), card.preprocess.channels)
+                net = make(card)
             wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
             if wanted != found:
-                raise ModelFileError(f"{path}: tensors don't fit its own architecture; {difference(wanted, found)}")
+                raise ModelFileError(f"tensors don't fit its own architecture; {difference(wanted, found)}")
             net.load_state_dict({name: as_float32(name, file.get_tensor(name)) for name in wanted}, assign=True)
     except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path}: not a model file ({first_line(error)})") from None
-    except ModelFileError:
-        raise
+        raise ModelFileError(f"{path}: not a {noun} file ({first_line(error)})") from None
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelFileError(f"{path}: its metadata make no model ({first_line(error)})") from None
+        raise ModelFileError(f"{path}: its metadata make no {noun} ({first_line(error)})") from None
     return net.eval(), card
 
 
