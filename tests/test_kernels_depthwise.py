@@ -3,25 +3,25 @@
 import math
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICE, run_apart, runs_here
+from interpreter import DEVICE, TANH, run_apart, runs_here
 
 from triscale.blocks import same_padding
 
 if runs_here():
     import triton
     import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
     from triscale.kernels import depthwise as kernels
     from triscale.kernels.activation import activate, halved, rounded, sigmoid
-    from triscale.kernels.depthwise import depthwise, depthwise_reference
-    from triscale.kernels.stem import Config as StemConfig
-    from triscale.kernels.stem import configs as stem_configs
-    from triscale.kernels.stem import stem, stem_reference
-    from triscale.kernels.tiling import MOST_REGISTERS, Config, Shape, configs, registers, tiles
+    from triscale.kernels.depthwise import depthwise, depthwise_kernel, depthwise_reference
+    from triscale.kernels.stem import StemConfig, stem, stem_reference
+    from triscale.kernels.tiling import DepthwiseConfig, Shape, configs, tiles
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 4e-3, FP16: 1e-3}
@@ -99,16 +99,18 @@ def shapes(draw):
 acts = st.sampled_from(("silu", "relu", "relu6", "none"))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data(), dtype=st.sampled_from((BF16, FP16)), act=acts)
 def test_depthwise_is_the_convolution_of_any_shape_in_any_tiling(data, dtype, act):
     shape = data.draw(shapes())
-    config = Config(*(data.draw(st.sampled_from(v)) for v in ((1, 2, 3, 5, 7), (1, 2, 5, 12), (1, 2, 4), (1, 2))))
+    config = DepthwiseConfig(*(data.draw(st.sampled_from(v)) for v in ((1, 2, 3, 5, 7), (1, 2, 5, 12), (1, 2, 4), (1, 2))))
     tensors = problem(shape, dtype)
     y, sums = run(tensors, shape, act, config)
     reference, total = expected(tensors, shape, act)
-    assert error(y, reference) <= TOLERANCE[dtype]
-    assert error(sums.double().sum(1), total[:, 0]) <= 1e-3
+    approximate = TANH * expected(tensors, shape, "none")[0].abs() / 2 if act == "silu" else torch.zeros_like(reference)
+    assert (y.double() - reference).norm() <= TOLERANCE[dtype] * reference.norm() + approximate.norm()
+    # Sums of few values may cancel: the measure is the size of what was added.
+    assert (sums.double().sum(1) - total[:, 0]).norm() <= (1e-5 * reference.abs() + approximate).sum((1, 2)).norm()
 
 
 @pytest.mark.parametrize(
@@ -123,32 +125,48 @@ def test_depthwise_is_the_convolution_of_any_shape_in_any_tiling(data, dtype, ac
     ],
 )
 def test_depthwise_of_the_family(size, stride, side, channels, pad):
-    """The public call, by its own choice of tiling: values, sums, and the same bits twice."""
+    """The public call, by its own choice of tiling, which pooling changes: values, sums, and the same bits by either."""
     shape = Shape(2, side, side, channels, size, stride, pad)
     tensors = problem(shape, BF16)
     with poisoned():
         y, sums = depthwise(*tensors, stride=stride, pad=pad, act="silu", pool=True)
-        again = depthwise(*tensors, stride=stride, pad=pad, act="silu", pool=True)
         alone, none = depthwise(*tensors, stride=stride, pad=pad, act="silu")
     reference, total = expected(tensors, shape, "silu")
     assert error(y, reference) <= 4e-3
     assert error(sums.double().sum(1), total[:, 0]) <= 1e-3
-    assert torch.equal(y, again[0])
-    assert torch.equal(sums, again[1])
     assert torch.equal(y, alone)
     assert none is None
 
 
 def test_no_output_depends_on_the_tiling_or_on_other_images():
-    """Each is the same sum in the same order, so that the bits agree: what is tuned changes no result."""
+    """Of y each is the same sum in the same order, so that the bits agree. The sums are, from run to run: their parts are the tiles."""
     shape = Shape(3, 6, 9, 4, 3, 1, (1, 1, 1, 1))
     tensors = problem(shape, BF16)
-    whole, sums = run(tensors, shape, "silu", Config(4, 6, 2, 1))
+    whole, sums = run(tensors, shape, "silu", DepthwiseConfig(4, 6, 2, 1))
     for config in configs(shape)[::4]:
         assert torch.equal(run(tensors, shape, "silu", config)[0], whole), config
-    parted, parts = run(tensors, shape, "silu", Config(4, 6, 2, 1), images=[range(2, 3), range(0, 2)])
+    parted, parts = run(tensors, shape, "silu", DepthwiseConfig(4, 6, 2, 1), images=[range(2, 3), range(0, 2)])
     assert torch.equal(parted, whole)
     assert torch.equal(parts, sums)
+    again = run(tensors, shape, "silu", DepthwiseConfig(4, 6, 2, 1))
+    assert torch.equal(again[0], whole)
+    assert torch.equal(again[1], sums)
+
+
+def test_a_batch_in_parts_is_the_batch(monkeypatch):
+    """Five images by twos, as a launch whose lanes would exceed 32 bits is split."""
+    shape = Shape(5, 6, 5, 12, 3, 1, (1, 1, 1, 1))
+    tensors, how = problem(shape, BF16), {"stride": 1, "pad": shape.pad, "act": "silu", "pool": True, "config": DepthwiseConfig(5, 3, 4, 2)}
+    whole = depthwise(*tensors, **how)
+    launched, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "images_at_once", lambda shape, config: 2)
+    monkeypatch.setattr(kernels, "launch", lambda *given: launched.append(given[-1]) or launch(*given))
+    with poisoned():
+        parted = depthwise(*tensors, **how)
+    assert launched == [range(2), range(2, 4), range(4, 5)]
+    assert torch.equal(whole[0], parted[0])
+    assert torch.equal(whole[1], parted[1])
+    assert not whole[0].isnan().any()
 
 
 def test_a_broken_pixel_breaks_the_outputs_that_see_it_and_no_others():
@@ -156,16 +174,16 @@ def test_a_broken_pixel_breaks_the_outputs_that_see_it_and_no_others():
     tensors = problem(shape, BF16)
     tensors[0][0, 3, 2, 1] = math.nan
     for act in ("silu", "relu", "relu6", "none"):
-        y, _ = run(tensors, shape, act, Config(3, 4, 1, 1))
+        y, _ = run(tensors, shape, act, DepthwiseConfig(3, 4, 1, 1))
         assert torch.equal(y.isnan(), expected(tensors, shape, act)[0].isnan()), act
 
 
-def test_offsets_beyond_2_to_the_31():
+def test_images_beyond_2_to_the_31():
     """The last of 524 301 images, whose elements lie past 2^31 in x and in y. The rest of that memory is never touched."""
     shape = Shape(2**31 // 4096 + 13, 8, 8, 64, 3, 1, (1, 1, 1, 1))
     small = Shape(1, 8, 8, 64, 3, 1, (1, 1, 1, 1))
     x, weight, bias = problem(small, BF16)
-    config = Config(8, 8, 2, 8)
+    config = DepthwiseConfig(8, 8, 2, 8)
     large = torch.empty((shape.images, 8, 8, 64), dtype=BF16, device=DEVICE)
     y = torch.empty_like(large)
     sums = torch.empty((shape.images, 1, 64), device=DEVICE)
@@ -176,43 +194,51 @@ def test_offsets_beyond_2_to_the_31():
     assert error(sums[-1], total[0]) <= 1e-3
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    images=st.sampled_from((1, 128, 10**6)),
-    side=st.integers(1, 4000),
-    channels=st.integers(1, 4000),
-    size=st.sampled_from((1, 3, 5, 7)),
-    stride=st.sampled_from((1, 2)),
-)
-def test_configurations_fit_and_count_in_32_bits(images, side, channels, size, stride):
-    shape = Shape(images, side, side, channels, size, stride, (size // 2,) * 4)
-    found = configs(shape)
-    assert found
-    assert len(set(found)) == len(found)
-    for config in found:
-        assert registers(shape, config) <= MOST_REGISTERS
-        assert channels % config.vector == 0
-        down, across = tiles(shape, config)
-        assert (down - 1) * config.rows < shape.out_height <= down * config.rows
-        assert (across - 1) * config.strip < shape.out_width <= across * config.strip
-        lanes = kernels.images_at_once(shape, config) * across * channels
-        width = 32 * config.warps * config.vector
-        assert lanes + width < 2**31
-        assert down * -(-lanes // width) < 2**31
+def test_rows_beyond_2_to_the_31(monkeypatch):
+    """The last rows of one image of 32 772 x 64 x 1024. The interpreter runs the last program alone, which has the last columns."""
+    shape, config = Shape(1, 2**15 + 4, 64, 1024, 3, 1, (1, 1, 1, 1)), DepthwiseConfig(2, 4, 4, 8)
+    g = torch.Generator().manual_seed(0)
+    x = torch.empty((1, shape.height, 64, 1024), dtype=BF16, device=DEVICE)
+    y = torch.empty_like(x)
+    sums = torch.empty((1, math.prod(tiles(shape, config)), 1024), device=DEVICE)
+    weight, bias = torch.randn(3, 3, 1024, generator=g).to(DEVICE), torch.randn(1024, generator=g).to(DEVICE)
+    x[:, -5:] = torch.randn(1, 5, 64, 1024, generator=g).to(BF16)
+    y[:, -4:] = math.nan
+    if DEVICE.type == "cpu":
+        last = TensorHandle(np.array([tiles(shape, config)[0] * 32 - 1], dtype=np.int32), tl.int32)
+        monkeypatch.setattr(interpreter_builder, "create_get_program_id", lambda axis: last)
+        monkeypatch.setattr(kernels, "depthwise_kernel", OneProgram())
+    kernels.launch((x, weight, bias, y, sums), shape, config, "silu", range(1))
+    end = depthwise_reference(x[:, -5:].double(), weight.double(), bias.double(), stride=1, pad=(0, 1, 1, 1), act="silu")[0]
+    assert error(y[:, -4:, -2:], end[:, :, -2:]) <= 4e-3
+
+
+class OneProgram:
+    """The kernel on a grid of one."""
+
+    def __getitem__(self, grid):
+        return depthwise_kernel[(1,)]
 
 
 def stem_error(x, size, stride, channels, pad, act, config):
-    """Relative error of the stem of x, uint8 or in normalised units; also asserts its type and shape."""
+    """Error of the stem of x, uint8 or in normalised units, in tolerances; also asserts its type and shape."""
     g = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(size, size, 3, channels, generator=g) / size, torch.randn(channels, generator=g)
     mean, inv_std = (MEAN, INV_STD) if x.dtype == torch.uint8 else (torch.tensor([0.1, 0.0, -0.2]), torch.tensor([1.0, 2.0, 0.5]))
     tensors = [framed(t) for t in (x, weight, bias, mean, inv_std)]
     with poisoned():
         y = stem(*tensors, stride=stride, pad=pad, act=act, config=config)
-    reference = stem_reference(*(t.double() if t.is_floating_point() else t for t in tensors), stride=stride, pad=pad, act=act)
+    exact, how = [t.double() if t.is_floating_point() else t for t in tensors], {"stride": stride, "pad": pad}
+    reference = stem_reference(*exact, **how, act=act)
     assert y.dtype == (FP16 if x.dtype == FP16 else BF16)
     assert y.shape == reference.shape
-    return error(y, reference) / TOLERANCE[y.dtype]
+    # Pixels and weights are rounded to fp16, which shows where their products cancel.
+    zero, one = torch.zeros_like(exact[3]), torch.ones_like(exact[3])
+    normal = (exact[0].double() - exact[3]) * exact[4]
+    squares = stem_reference(normal.square(), exact[1].square(), torch.zeros_like(exact[2]), zero, one, **how, act="none")
+    rounding = 2**-10 * squares.sqrt().norm()
+    approximate = TANH * stem_reference(*exact, **how, act="none").norm() / 2 if act == "silu" else 0.0
+    return float((y.double() - reference).norm() / (TOLERANCE[y.dtype] * reference.norm() + rounding + approximate))
 
 
 def pixels(height, width, dtype):
@@ -220,7 +246,7 @@ def pixels(height, width, dtype):
     return x if dtype == torch.uint8 else (x / 64 - 2).to(dtype)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     data=st.data(),
     dtype=st.sampled_from((torch.uint8, BF16, FP16)),
@@ -254,14 +280,6 @@ def test_stem_where_tiles_fill_the_output(size, stride, side, pad):
         assert stem_error(pixels(side, side + 2, dtype), size, stride, 16, pad, "none", StemConfig(4, 4, 32, 1)) <= 1
 
 
-def test_stem_configurations_waste_little():
-    """First comes the tile that computes the fewest places in vain: none at B0's 112 x 112."""
-    for side in (1, 7, 112, 190, 300):
-        wasted = [-(-side // c.tall) * c.tall * -(-side // c.wide) * c.wide for c in stem_configs(side, side)]
-        assert wasted == sorted(wasted)
-    assert (112 % stem_configs(112, 112)[0].tall, 112 % stem_configs(112, 112)[0].wide) == (0, 0)
-
-
 def test_activations():
     """fp32 in, fp32 out, far beyond where exp overflows; and rounding to the nearest, ties to even."""
 
@@ -285,33 +303,6 @@ def test_activations():
     halves = framed(torch.full((16,), math.nan, dtype=BF16))
     kernel[(1,)](ties, halves, "rounded")
     assert torch.equal(halves, ties.to(BF16))
-
-
-BAD = {
-    "depthwise: expected a contiguous": {"x": torch.zeros(1, 4, 4, 2)},
-    "expected weight": {"weight": torch.zeros(9, 9, 2)},
-    "stride 1 or 2": {"stride": 3},
-    "finds no place": {"x": torch.zeros(1, 1, 4, 2, dtype=BF16), "pad": (0, 0, 0, 0)},
-}
-
-
-@pytest.mark.parametrize("told", BAD)
-def test_depthwise_says_what_it_cannot_take(told):
-    given = {"x": torch.zeros(1, 4, 4, 2, dtype=BF16), "weight": torch.zeros(3, 3, 2), "bias": torch.zeros(2), "stride": 1, "pad": (1,) * 4}
-    with pytest.raises(ValueError, match=told) as raised:
-        depthwise(**{**given, **BAD[told]}, act="silu")
-    assert "\n" not in str(raised.value)
-
-
-def test_stem_says_what_it_cannot_take():
-    weight, three = torch.zeros(3, 3, 3, 2), torch.zeros(3)
-    for x, w, stride in (
-        (torch.zeros(1, 4, 4, 3), weight, 2),
-        (torch.zeros(1, 4, 4, 3, dtype=BF16), weight[:2], 2),
-        (three[None, None, None].to(BF16), weight, 2),
-    ):
-        with pytest.raises(ValueError, match="stem: expected"):
-            stem(x, w, torch.zeros(2), three, three, stride=stride, pad=(0, 0, 0, 0), act="silu")
 
 
 def test_no_images_make_no_outputs():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICE, run_apart, runs_here
+from interpreter import DEVICE, TANH, run_apart, runs_here
 
 import triscale as ts
 from triscale.blocks import make_block
@@ -20,9 +20,9 @@ if runs_here():
 
     from triscale.kernels import squeeze as squeezing
     from triscale.kernels.depthwise import depthwise
-    from triscale.kernels.pointwise import Config, configs, pointwise, pointwise_kernel, pointwise_reference
-    from triscale.kernels.pointwise_tiles import SHARED, halves
+    from triscale.kernels.pointwise import PointwiseConfig, configs, pointwise, pointwise_kernel, pointwise_reference
     from triscale.kernels.squeeze import squeeze, squeeze_reference
+    from triscale.kernels.tiling import DepthwiseConfig
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 4e-3, FP16: 1e-3}
@@ -93,21 +93,23 @@ def test_any_shape_equals_float64(data):
     config = data.draw(st.sampled_from(configs(shape[0] * places, places, shape[3], cout, gated=gate, pool=pool)))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     given = operands(shape, cout, dtype, gate=gate, residual=residual)
-    y, expected = run(given, act=act, pool=pool, config=config), exact(given, act=act, pool=pool)
+    y, expected = run(given, act=act, pool=pool, config=config), exact(given, act=act)
+    approximate = TANH * exact(given).abs() / 2 if act == "silu" else torch.zeros_like(expected)
     if pool:
         assert y.dtype == torch.float32
         # Sums of few values may cancel: the measure is the size of what was added.
-        assert float((y.double().sum(1) - expected[:, 0]).norm()) <= TOLERANCE[dtype] * float(exact(given, act=act).abs().sum((1, 2)).norm())
+        bound = (TOLERANCE[dtype] * expected.abs() + approximate).sum((1, 2)).norm()
+        assert float((y.double().sum(1) - expected.sum((1, 2))).norm()) <= float(bound)
     else:
         assert y.dtype == dtype
-        assert error(y, expected) <= TOLERANCE[dtype]
+        assert float((y.double() - expected).norm()) <= TOLERANCE[dtype] * float(expected.norm()) + float(approximate.norm())
 
 
 def test_every_way_to_cut_the_product_gives_the_same():
     torch.manual_seed(0)
     given = operands((2, 4, 5, 80), 72)
     expected = exact(given, act="silu")
-    ways = (*configs(40, 20, 80, 72), Config(32, 16, 64, 16, span=2))  # the last: 5 tiles of outputs by twos
+    ways = (*configs(40, 20, 80, 72), PointwiseConfig(32, 16, 64, 16, span=2))  # the last: 5 tiles of outputs by twos
     assert any(c.held and c.tail_k for c in ways)
     assert any(not c.held and c.block_k < 80 for c in ways)
     for config in ways:
@@ -121,11 +123,11 @@ def test_rows_of_a_tile_take_the_gates_of_their_own_images(by_image):
     given = operands((7, 1, 5, 33), 20, residual=True)
     given["gate"] = framed(4.0 ** -torch.arange(7.0)[:, None] * torch.ones(33))
     given["residual"].mul_(given["gate"][:, None, None, :1].to(BF16))
-    y = run(given, config=Config(16, 16, 16, by_image=by_image))
+    y = run(given, config=PointwiseConfig(16, 16, 16, by_image=by_image))
     y, expected = (t - given["bias"] for t in (y.double(), exact(given)))
     assert error(y[0], expected[0]) <= 4e-3
     given["bias"].zero_()
-    y, expected = run(given, config=Config(16, 16, 16, by_image=by_image)), exact(given)
+    y, expected = run(given, config=PointwiseConfig(16, 16, 16, by_image=by_image)), exact(given)
     assert max(error(y[i], expected[i]) for i in range(7)) <= 4e-3
 
 
@@ -143,11 +145,11 @@ def test_the_activation_comes_after_the_residual():
 def test_each_part_of_the_pooled_sums_is_of_its_own_rows():
     torch.manual_seed(2)
     given = operands((2, 5, 9, 24), 40)
-    sums = run(given, act="silu", pool=True, config=Config(16, 32, 32, by_image=True))
+    sums = run(given, act="silu", pool=True, config=PointwiseConfig(16, 32, 32, by_image=True))
     rows = exact(given, act="silu").view(2, 45, 40)
     expected = torch.stack([rows[:, start : start + 16].sum(1) for start in (0, 16, 32)], 1)
     assert sums.shape == (2, 3, 40)
-    assert error(sums, expected) <= 1e-5 if DEVICE.type == "cpu" else 1e-3  # the device's tanh is good to 2^-11
+    assert error(sums, expected) <= (1e-5 if DEVICE.type == "cpu" else 1e-3)  # the device's tanh is good to 2^-11
 
 
 def test_the_same_bits_every_time():
@@ -167,39 +169,9 @@ def test_no_images():
     assert squeeze(torch.zeros(0, 2, 3), 4, torch.ones(1, 3), torch.ones(1), torch.ones(3, 1), torch.ones(3)).shape == (0, 3)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 16, 24, 40, 80, 112, 144, 160, 192, 255, 256])
-def test_held_input_channels_are_hardly_padded(channels):
-    block, tail = halves(channels)
-    assert channels <= block + tail < max(32, 1.34 * channels)
-    assert {n.bit_count() for n in (block, tail)} <= {0, 1}
-
-
-def test_configurations_fit_every_gpu_and_no_two_are_one():
-    for shape in ((256 * 12544, 12544, 16, 96), (49, 49, 1152, 192), (256 * 361, 361, 3840, 640), (1, 1, 1, 1)):
-        for kind in ({}, {"gated": True}, {"pool": True}):
-            for shared in (SHARED, 99 * 1024):
-                found = configs(*shape, **kind, shared=shared)
-                assert 1 <= len(found) == len(set(found)) <= 12
-                assert all(c.shared(bool(kind.get("gated"))) <= shared for c in found)
-                assert not kind.get("pool") or all(c.by_image for c in found)
-
-
-def test_a_wrong_operand_is_named():
-    given = operands((2, 3, 3, 8), 6, gate=True)
-    for name, wrong, told in (
-        ("weight", torch.zeros(6, 8, dtype=BF16).T, r"weight to be \(8, 6\) torch.bfloat16 and contiguous, found \(8, 6\) torch.bfloat16, strided"),
-        ("bias", torch.zeros(6, dtype=BF16), r"bias to be \(6,\) torch.float32"),
-        ("gate", torch.zeros(8, 2), r"gate to be \(2, 8\)"),
-        ("residual", torch.zeros(2, 3, 3, 6), r"residual to be \(2, 3, 3, 6\) torch.bfloat16"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            pointwise(**{**given, name: wrong})
-    with pytest.raises(ValueError, match="expected bfloat16 or float16"):
-        pointwise(torch.zeros(1, 1, 1, 8), torch.zeros(8, 6), torch.zeros(6))
+def test_pooling_takes_tiles_by_image():
     with pytest.raises(ValueError, match="by image"):
-        pointwise(**given, pool=True, config=Config(16, 16, 16))
-    with pytest.raises(ValueError, match=r"w2 to be \(8, 2\)"):
-        squeeze(torch.zeros(1, 1, 8), 4, torch.zeros(2, 8), torch.zeros(2), torch.zeros(2, 8), torch.zeros(8))
+        pointwise(**operands((2, 3, 3, 8), 6), pool=True, config=PointwiseConfig(16, 16, 16))
 
 
 def layers_of(channels, squeezed, dtype):
@@ -268,12 +240,14 @@ def test_the_four_kernels_make_an_mbconv():
 
     x = x.permute(0, 2, 3, 1).contiguous().to(DEVICE)
     weights = [t.flatten(1).T.contiguous().to(DEVICE) for t in (expand[0], project[0])]
-    inner = pointwise(x, weights[0], expand[1].to(DEVICE), act="silu", config=Config(64, 128, 32, 16, 2))
+    inner = pointwise(x, weights[0], expand[1].to(DEVICE), act="silu", config=PointwiseConfig(64, 128, 32, 16, 2))
     taps = taps[:, 0].permute(1, 2, 0).to(DEVICE)
-    inner, sums = depthwise(inner, taps.contiguous(), bias.to(DEVICE), stride=1, pad=(2, 2, 2, 2), act="silu", pool=True)
+    inner, sums = depthwise(
+        inner, taps.contiguous(), bias.to(DEVICE), stride=1, pad=(2, 2, 2, 2), act="silu", pool=True, config=DepthwiseConfig(7, 6, 4, 4)
+    )
     se = (t.float().to(DEVICE) for layer in (block.se.reduce, block.se.expand) for t in (layer.weight.flatten(1), layer.bias))
     gate = squeeze(sums, 42, *se, act="silu")
-    way = Config(64, 64, 64, by_image=True)
+    way = PointwiseConfig(64, 64, 64, by_image=True)
     y = pointwise(inner, weights[1], project[1].to(DEVICE), gate=gate, residual=x, config=way)
     assert error(y, expected) <= 4e-3
     assert error(y - x, expected - x) <= 6e-3  # the branch alone
@@ -281,7 +255,7 @@ def test_the_four_kernels_make_an_mbconv():
 
 def test_tensors_of_more_than_two_to_the_31_elements(monkeypatch):
     """On a GPU for real. The interpreter runs the last program alone, and the memory that it doesn't touch is never there."""
-    n, places, cin, cout, config = 2**17 + 8, 1024, 16, 17, Config(16, 32, 16, by_image=True)
+    n, places, cin, cout, config = 2**17 + 8, 1024, 16, 17, PointwiseConfig(16, 32, 16, by_image=True)
     x, y = (torch.empty(n, 32, 32, c, dtype=BF16, device=DEVICE) for c in (cin, cout))
     x[-1] = torch.randn(32, 32, cin)
     weight, bias = torch.randn(cin, cout, device=DEVICE).to(BF16), torch.randn(cout, device=DEVICE)

@@ -77,7 +77,7 @@ class Triton(Torch):
             y, sums = Torch.depthwise(self, step, x)
             return _nhwc(y), sums
 
-        y, sums = self._by("depthwise", sizes, lambda: configs(shape), run, plain)
+        y, sums = self._by("depthwise", sizes, partial(configs, shape, pool=step.pool), run, plain)
         return _nchw(y), sums
 
     def squeeze(self, step: Squeeze, sums: Tensor, places: int) -> Tensor:
@@ -90,7 +90,8 @@ class Triton(Torch):
             return squeeze(sums, places, step.w1, step.b1, step.w2, step.b2, act=step.act, config=config)
 
         sizes = {"n": n, "parts": parts, "channels": channels, "squeezed": squeezed}
-        return self._by("squeeze", sizes, lambda: configs(n, parts, channels, squeezed), run, lambda: Torch.squeeze(self, step, sums, places))
+        options = partial(configs, n, parts, channels, squeezed, shared=self.tune.shared)
+        return self._by("squeeze", sizes, options, run, lambda: Torch.squeeze(self, step, sums, places))
 
     def pointwise(self, x: Tensor, step: Expand | Project | Head, gate: Tensor | None, residual: Tensor | None) -> Tensor:
         return _nchw(self._product(x, step, gate, residual))
@@ -113,9 +114,9 @@ class Triton(Torch):
         def run(config: Any) -> Tensor:
             return pointwise(rows, weight, bias, act=step.act, gate=gate, residual=other, pool=pool, config=config)
 
-        cout, gated = weight.shape[1], gate is not None
-        options = partial(configs, n * height * width, height * width, cin, cout, gated=gated, pool=pool, shared=self.tune.shared)
-        sizes = {"n": n, "height": height, "width": width, "cin": cin, "cout": cout, "gated": gated, "residual": other is not None, "pool": pool}
+        cout, kind = weight.shape[1], {"gated": gate is not None, "residual": other is not None, "pool": pool}
+        options = partial(configs, n * height * width, height * width, cin, cout, **kind, shared=self.tune.shared)
+        sizes = {"n": n, "height": height, "width": width, "cin": cin, "cout": cout, **kind}
 
         def plain() -> Tensor:
             y = Torch.pointwise(self, x, step, gate, residual)

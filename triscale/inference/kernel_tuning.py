@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from triscale.inference.notices import Tell
 from triscale.inference.tuning import Choices
-from triscale.kernels.machine import interpreted
+from triscale.kernels.machine import interpreted, shared_memory
 
 TRIED = 4  # of each kernel's configurations, the likely fastest first: each is compiled, which takes the better part of a second
 LAUNCHES, REPLAYS = 10, 5  # of each configuration when it is measured
@@ -35,14 +36,13 @@ class Tuner:
         self.measures = True
         self.choices = Choices(tell)
         self.found: dict[str, Any] = {}
-        # Bytes that a program may have; Hopper's where the interpreter stands in for a GPU.
-        self.shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 * 1024
+        self.shared = shared_memory(device)
 
     def __call__(self, kernel: str, sizes: Mapping[str, Any], configs: Callable[[], Sequence[Any]], run: Callable[[Any], object]) -> Any:
         """One of `configs()`, where the likely fastest come first; None for the kernel's own choice. Raises one of `not_compiled`
         where none compiles."""
         if interpreted():
-            return max(configs(), key=lambda c: c.block_m * c.block_o) if kernel == "pointwise" else None  # it takes its time by the program
+            return _fewest_programs(kernel, sizes, configs)
         key = f"{kernel} {sizes}"
         if key not in self.found:
             config, certain = self._find({"kernel": kernel, **sizes}, configs()[:TRIED], run)
@@ -88,6 +88,13 @@ class Tuner:
         with ThreadPoolExecutor(len(configs)) as pool:
             errors = dict(zip(configs, pool.map(launch, configs.values()), strict=True))
         return {name: error for name, error in errors.items() if error is not None}
+
+
+def _fewest_programs(kernel: str, sizes: Mapping[str, Any], configs: Callable[[], Sequence[Any]]) -> Any:
+    """For the interpreter, which takes its time by the program; None for the kernel's own choice."""
+    if kernel == "pointwise":
+        return max(configs(), key=lambda c: c.block_m * c.block_o)
+    return replace(configs()[0], rows=sizes["height"], vector=4, warps=32) if kernel == "depthwise" else None
 
 
 def _seconds(run: Callable[[], object]) -> float:

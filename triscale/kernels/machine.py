@@ -1,7 +1,8 @@
 """What runs the kernels: whether this machine can, and what they compile to for sm_90, which takes no GPU.
 
-Each kernel module has `variants() -> list[Variant]`: the compilations that the networks' real shapes lead to. The tests
-compile them all, and hold registers, spills and instruction counts to bounds.
+Each kernel module has `variants() -> list[Variant]`: compilations that the networks' real shapes lead to, in the types that the
+engine keeps, a few of each kind. The tests compile them all, and hold registers, spills, shared memory and instruction counts
+to bounds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 
 SM_MIN = 80  # bf16 arithmetic and asynchronous copies
 MAX_REGISTERS = 255
+SHARED = 227 * 1024  # bytes of shared memory that one program, and all programs of a multiprocessor, may have on compute capability 9.0
 
 
 def have_triton() -> bool:
@@ -51,6 +54,24 @@ def unsupported(device: torch.device) -> str | None:
     return None
 
 
+def on(kernel: str, *tensors: torch.Tensor | None) -> AbstractContextManager[object]:
+    """To launch in: Triton launches on the current device, wherever the tensors are, so theirs is made current.
+
+    Raises ValueError unless they share one device, and that is an NVIDIA GPU or kernels are interpreted.
+    """
+    devices = list(dict.fromkeys(t.device for t in tensors if t is not None))
+    if len(devices) != 1 or not (devices[0].type == "cuda" or interpreted()):
+        found = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"{kernel}: expected all tensors on one {'device' if interpreted() else 'NVIDIA GPU'}, found {found}; move them there")
+    return torch.cuda.device(devices[0]) if devices[0].type == "cuda" else nullcontext()
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; Hopper's where the interpreter stands in for a GPU."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) if device.type == "cuda" else SHARED
+
+
 @dataclass(frozen=True)
 class Variant:
     """One compilation of a kernel, as a launch would ask for it.
@@ -59,7 +80,7 @@ class Variant:
     "*u8", "i32", "i64"). constants: the constexpr parameters. Pointers are taken as aligned to 16 bytes, as torch's are;
     divisible: integer parameters whose value is a multiple of 16 (Triton compiles for that where it sees one).
     outputs: output elements that one thread computes in one pass of the kernel's longest loop (in all where it has none).
-    max_instructions: per output in that loop, the bound that the tests hold; None where nothing is promised.
+    max_instructions: per output in that loop, the bound that the tests hold; None where nothing is promised. max_shared: bytes.
     """
 
     name: str
@@ -71,6 +92,7 @@ class Variant:
     divisible: tuple[str, ...] = ()
     outputs: float = 0.0
     max_registers: int = MAX_REGISTERS
+    max_shared: int = SHARED
     max_instructions: float | None = None
 
 

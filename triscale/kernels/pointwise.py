@@ -20,8 +20,7 @@ In the kernels' names a suffix tells a tensor's axes: m rows, k input channels, 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import cache
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -30,8 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 from triscale.kernels.activation import INTERPRETED, activate, activate_reference, halved, rounded
-from triscale.kernels.machine import Variant
-from triscale.kernels.pointwise_tiles import SHARED, Config, blocks, configs
+from triscale.kernels.machine import SHARED, Variant, on, shared_memory
+from triscale.kernels.operands import HALF, SINGLE, check
+from triscale.kernels.pointwise_tiles import PointwiseConfig, blocks, configs
 
 
 @triton.jit
@@ -149,16 +149,10 @@ def pointwise_kernel(
         _finish(acc_mo, bias, residual, y, left, o, cout, act, pool, block_m)
 
 
-def _constants(cin: int, cout: int, act: str, pool: bool, config: Config) -> dict[str, Any]:
+def _constants(cin: int, cout: int, act: str, pool: bool, config: PointwiseConfig) -> dict[str, Any]:
     """The kernel's constexpr parameters: the layer's, and the configuration's but for what Triton takes itself."""
     blocks = {key: value for key, value in asdict(config).items() if key not in ("warps", "stages")}
     return {"cin": cin, "cout": cout, "act": act, "pool": pool, **blocks}
-
-
-@cache
-def _shared(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) if device.type == "cuda" else SHARED
 
 
 def pointwise(
@@ -170,36 +164,30 @@ def pointwise(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     pool: bool = False,
-    config: Config | None = None,
+    config: PointwiseConfig | None = None,
 ) -> Tensor:
-    """x (N, H, W, I), weight (I, O), both bf16 or both fp16; bias (O,), gate (N, I) fp32; residual (N, H, W, O) as x. All contiguous.
+    """x (N, H, W, I), weight (I, O), both bf16 or both fp16; bias (O,), gate (N, I) fp32; residual (N, H, W, O) as x. All contiguous, on one GPU.
 
     Returns act(gate * x @ weight + bias + residual) as x, or with `pool` its fp32 sums (N, T, O) over T parts of each image,
-    always added in the same order. config: one of `configs(...)`; None takes the first. Raises ValueError for other shapes
-    and types.
+    always added in the same order. config: one of `configs(...)`; None takes the first. Raises ValueError for anything else.
     """
-    n, height, width, cin = x.shape
-    cout, places = weight.shape[-1], height * width
-    expected = {"weight": (cin, cout), "bias": (cout,), "gate": (n, cin), "residual": (n, height, width, cout)}
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("gate", gate), ("residual", residual)):
-        if tensor is None:
-            continue
-        dtype = torch.float32 if name in ("bias", "gate") else x.dtype
-        if tensor.shape != expected.get(name, x.shape) or tensor.dtype != dtype or not tensor.is_contiguous():
-            found = f"{tuple(tensor.shape)} {tensor.dtype}{'' if tensor.is_contiguous() else ', strided'}"
-            raise ValueError(f"pointwise: expected {name} to be {expected.get(name)} {dtype} and contiguous, found {found}")
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"pointwise: expected bfloat16 or float16, found {x.dtype}")
-    c = config or configs(n * places, places, cin, cout, gated=gate is not None, pool=pool, shared=_shared(x.device))[0]
+    same = (x.dtype,)
+    operands = {"x": (x, "NHWI", HALF), "weight": (weight, "IO", same), "bias": (bias, "O", SINGLE)}
+    sizes = check("pointwise", {**operands, "gate": (gate, "NI", SINGLE), "residual": (residual, "NHWO", same)}, act)
+    n, height, width, cin, cout = (sizes[letter] for letter in "NHWIO")
+    places = height * width
+    kind = {"gated": gate is not None, "residual": residual is not None, "pool": pool}
+    c = config or configs(n * places, places, cin, cout, **kind, shared=shared_memory(x.device))[0]
     if pool and not c.by_image:
         raise ValueError(f"pointwise: expected a configuration by image for pooling, found {c}")
     tiles = n * blocks(places, c.block_m) if c.by_image else blocks(n * places, c.block_m)
     shape = (n, blocks(places, c.block_m), cout) if pool else (n, height, width, cout)
     y = torch.empty(shape, dtype=torch.float32 if pool else x.dtype, device=x.device)
-    if y.numel():
+    if n:
         grid = (tiles * blocks(cout, c.span * c.block_o),)
         options = {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True}
-        pointwise_kernel[grid](x, weight, bias, gate, residual, y, n * places, places, **_constants(cin, cout, act, pool, c), **options)
+        with on("pointwise", x, weight, bias, gate, residual):
+            pointwise_kernel[grid](x, weight, bias, gate, residual, y, n * places, places, **_constants(cin, cout, act, pool, c), **options)
     return y
 
 
@@ -221,29 +209,57 @@ def pointwise_reference(
     return y.sum((1, 2))[:, None] if pool else y
 
 
-def variants() -> list[Variant]:
-    """A layer of each kind of B0, B4 and B7 by its first configuration at batch 256, and of B0 at batch 1.
+@dataclass(frozen=True)
+class Layer:
+    """A 1x1 convolution of `images` of side x side places."""
 
-    Instructions are counted where the longest loop is the one over tiles of outputs.
-    """
-    found = []
-    for kind, images, side, cin, cout, dtype, most in (
-        ("expand", 256, 56, 24, 144, "bf16", 8.0),
-        ("expand", 256, 24, 160, 960, "fp16", 10.0),
-        ("expand", 256, 19, 640, 3840, "bf16", None),
-        ("project", 256, 56, 144, 24, "bf16", None),
-        ("project", 1, 14, 480, 80, "bf16", None),
-        ("project", 256, 38, 960, 160, "bf16", None),
-        ("project", 256, 3, 1152, 192, "bf16", None),
-        ("head", 256, 7, 320, 1280, "bf16", None),
-    ):
-        gated, pool, places = kind == "project", kind == "head", side * side
-        c = configs(images * places, places, cin, cout, gated=gated, pool=pool)[0]
-        types = {"x": dtype, "weight": dtype, "bias": "fp32", "gate": "fp32", "residual": dtype, "y": "fp32" if pool else dtype}
-        absent = () if gated else ("gate", "residual")
-        signature = {key: f"*{type_}" for key, type_ in types.items() if key not in absent} | {"rows": "i32", "places": "i32"}
-        constants = _constants(cin, cout, "none" if gated else "silu", pool, c) | dict.fromkeys(absent)
-        name = f"{kind} {cin}->{cout} {dtype} {c.block_m}x{c.block_o}x{c.block_k}+{c.tail_k} span {c.span}{' by image' if c.by_image else ''}"
+    kind: str
+    images: int
+    side: int
+    cin: int
+    cout: int
+    act: str = "none"
+    dtype: str = "bf16"
+    gated: bool = False
+    residual: bool = False
+    pool: bool = False
+
+    def configs(self, shared: int = SHARED) -> tuple[PointwiseConfig, ...]:
+        """The ways to cut it."""
+        rows, kind = self.images * self.side**2, {"gated": self.gated, "residual": self.residual, "pool": self.pool}
+        return configs(rows, self.side**2, self.cin, self.cout, **kind, shared=shared)
+
+    def variant(self, c: PointwiseConfig, most: float | None = None) -> Variant:
+        """What compiles where the layer is launched with `c`; its bound on instructions, where the longest loop is the one over outputs."""
+        types = {"x": self.dtype, "weight": self.dtype, "bias": "fp32", "y": "fp32" if self.pool else self.dtype}
+        types |= {"gate": "fp32"} if self.gated else {}
+        types |= {"residual": self.dtype} if self.residual else {}
+        signature = {key: f"*{type_}" for key, type_ in types.items()} | {"rows": "i32", "places": "i32"}
+        absent = dict.fromkeys({"gate", "residual"} - set(types))
+        constants = _constants(self.cin, self.cout, self.act, self.pool, c) | absent
+        tile = f"{c.block_m}x{c.block_o}x{c.block_k}+{c.tail_k} span {c.span}{' by image' if c.by_image else ''}"
+        name = f"{self.kind} {self.cin}->{self.cout} {self.dtype} {tile}"
         outputs = c.block_m * c.block_o / (32 * c.warps) if most else 0.0
-        found.append(Variant(name, pointwise_kernel, signature, constants, c.warps, c.stages, outputs=outputs, max_instructions=most))
-    return found
+        shared = c.shared(self.gated)
+        return Variant(name, pointwise_kernel, signature, constants, c.warps, c.stages, outputs=outputs, max_instructions=most, max_shared=shared)
+
+
+LAYERS = (
+    (Layer("expand", 256, 56, 24, 144, "silu"), 8.0),
+    (Layer("expand", 256, 24, 160, 960, "silu", "fp16"), 10.0),
+    (Layer("project", 256, 56, 144, 24, gated=True, residual=True), None),
+    (Layer("project", 1, 14, 240, 80, gated=True), None),
+    (Layer("project", 32, 38, 960, 160, gated=True, residual=True), None),
+    (Layer("project", 256, 3, 1152, 192, gated=True, residual=True), None),
+    (Layer("project", 256, 14, 384, 96, residual=True), None),
+    (Layer("project", 256, 14, 333, 53, gated=True, residual=True), None),
+    (Layer("project", 256, 7, 512, 2048, "relu", residual=True), None),
+    (Layer("expand", 256, 14, 37, 53, "silu"), 14.0),
+    (Layer("head", 256, 7, 320, 1280, "silu", pool=True), None),
+    (Layer("head", 256, 7, 320, 1280, "relu6", "fp16", pool=True), None),
+)
+
+
+def variants() -> list[Variant]:
+    """A layer of each kind of B0, B7, MobileNetV2 and ResNet-50, and of odd channels, by its first configuration."""
+    return [layer.variant(layer.configs()[0], most) for layer, most in LAYERS]

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-SHARED = 227 * 1024  # bytes that one program, and all programs of a multiprocessor, may have on compute capability 9.0
+from triscale.kernels.machine import SHARED
+
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @dataclass(frozen=True)
-class Config:
+class PointwiseConfig:
     """Tiles of block_m rows and block_o output channels, block_k input channels a step; warps and copies in flight (stages).
 
     tail_k: block_k + tail_k >= cin, and a program holds its rows of x while `span` tiles of output channels take them in turn.
@@ -60,7 +61,7 @@ def halves(channels: int) -> tuple[int, int]:
     return (block + tail, 0) if tail == block else (block, tail)
 
 
-def clocks(c: Config, rows: int, places: int, cin: int, cout: int, gated: bool) -> float:
+def clocks(c: PointwiseConfig, rows: int, places: int, cin: int, cout: int, gated: bool) -> float:
     """Estimated clocks of a Hopper GPU without HBM, whose bytes are the same for all: counts, not measurements.
 
     Per program: products at 70 % of a tensor core's 2048 a clock (at half of that below 64 rows, which has no warp-group
@@ -84,26 +85,48 @@ def clocks(c: Config, rows: int, places: int, cin: int, cout: int, gated: bool) 
     return max(each * work, blocks(each, resident) * (work + 700 * (1 + steps / c.stages)))
 
 
+def spills(c: PointwiseConfig, cin: int, *, gated: bool, residual: bool) -> bool:
+    """Whether a thread's 255 registers don't suffice for it on sm_90, as compiled by Triton 3.6 and 3.9.
+
+    Gates and residuals come on top of the outputs; and gates by row come with as many addresses as x has, where channels that
+    are odd or no multiple of 8 make loads narrow: each takes registers of its own.
+    """
+    outputs, loaded = (c.block_m * side // (32 * c.warps) for side in (c.block_o, c.block_k))
+    if (gated or residual) and c.block_m * c.block_o > 128 * 128:
+        return True
+    if not gated or c.by_image or cin % 8 == 0:
+        return False
+    return loaded > 32 or (cin % 2 == 1 and (loaded > 16 or outputs > 32))
+
+
 @lru_cache(maxsize=1024)
 def configs(
-    rows: int, places: int, cin: int, cout: int, *, gated: bool = False, pool: bool = False, shared: int = SHARED, most: int = 12
-) -> tuple[Config, ...]:
-    """At most `most` ways to cut rows x cin x cout, the likely fastest first; no two of one tile and loop.
+    rows: int,
+    places: int,
+    cin: int,
+    cout: int,
+    *,
+    gated: bool = False,
+    residual: bool = False,
+    pool: bool = False,
+    shared: int = SHARED,
+) -> tuple[PointwiseConfig, ...]:
+    """At most twelve ways to cut rows x cin x cout, the likely fastest first; no two of one tile and loop.
 
     places: rows of one image. pool: tiles by image only. shared: bytes that a program may have on this GPU.
     """
-    best: dict[object, tuple[float, str, Config]] = {}
+    best: dict[object, tuple[float, str, PointwiseConfig]] = {}
     for by_image, block_m, block_o in product({pool or gated, pool}, (128, 64, 32, 16), (256, 128, 64, 32, 16)):
         if block_o > _power(cout) or block_m > _power(places if by_image else rows):
             continue
         warps = 8 if block_m * block_o > 128 * 64 else 4
-        found = [Config(block_m, block_o, min(k, _power(cin)), 0, 1, by_image, warps, stages) for k, stages in product((64, 32), (3, 4))]
+        found = [PointwiseConfig(block_m, block_o, min(k, _power(cin)), 0, 1, by_image, warps, stages) for k, stages in product((64, 32), (3, 4))]
         parts = blocks(cout, block_o)
         if cin <= 256 and not gated:  # gated rows pass through registers, which hold too few
             spans = {blocks(parts, 2**i) for i in range(parts.bit_length())}
-            found += [Config(block_m, block_o, *halves(cin), span, by_image, warps, 2) for span in spans]
+            found += [PointwiseConfig(block_m, block_o, *halves(cin), span, by_image, warps, 2) for span in spans]
         for c in found:
             tile = block_m, block_o, by_image, c.held
-            if c.shared(gated) <= shared:
+            if c.shared(gated) <= shared and not spills(c, cin, gated=gated, residual=residual):
                 best[tile] = min(best.get(tile, (float("inf"), "", c)), (clocks(c, rows, places, cin, cout, gated), str(c), c))
-    return tuple(c for *_, c in sorted(best.values(), key=lambda found: found[:2])[:most])
+    return tuple(c for *_, c in sorted(best.values(), key=lambda found: found[:2])[:12])

@@ -3,9 +3,9 @@
 gate = sigmoid(w2 @ act(w1 @ mean + b1) + b2), all in fp32 and with exact exponentials: a gate multiplies every place of
 its channel, so its error would not average out. One program an image; every sum has a fixed order.
 
-Bytes an image: 4 T C for the sums, 4 C for the gate. The weights, 2 R C of them, come from L2 for every image: as bf16
-4 R C bytes a block, 1.3 MB in all of B0, where the rest of the network moves 27 MB through L2 as well; two images a program
-would halve that 5 %, and leave half of the multiprocessors idle below 264 images. They may be of any float type.
+Bytes an image: 4 T C for the sums, 4 C for the gate. The weights, 2 R C of them, come from L2 for every image: in fp32, as the
+engine keeps them, 8 R C bytes a block, 2.5 MB in all of B0, where the rest of the network moves 27 MB through L2 as well; two
+images a program would halve that 9 %, and leave half of the multiprocessors idle below 264 images. They may be of any float type.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -21,18 +21,24 @@ import triton.language as tl
 from torch import Tensor
 
 from triscale.kernels.activation import activate, activate_reference
-from triscale.kernels.machine import Variant
+from triscale.kernels.machine import SHARED, Variant, on, shared_memory
+from triscale.kernels.operands import FLOATS, SINGLE, check
 from triscale.kernels.pointwise_tiles import MULTIPROCESSORS
 
 
 @dataclass(frozen=True)
-class Config:
+class SqueezeConfig:
     """block_c channels with all R squeezed ones, and block_t parts of the sums, at a time."""
 
     block_c: int
     block_t: int
     warps: int = 8
     stages: int = 2
+
+    def shared(self, parts: int, squeezed: int) -> int:
+        """Bytes of shared memory, from above: all stages but one of the weights, and of the sums that come in one piece; a reduction."""
+        held = triton.next_power_of_2(squeezed) + (self.block_t if parts <= self.block_t else 0)
+        return 4 * (self.stages - 1) * self.block_c * held + 512 * self.warps
 
 
 @triton.jit
@@ -83,42 +89,45 @@ def squeeze_kernel(
 
 
 @lru_cache(maxsize=1024)
-def configs(images: int, parts: int, channels: int, squeezed: int) -> tuple[Config, ...]:
-    """Ways to cut the two layers, 32 weights a thread at a time; more warps come first where multiprocessors would be idle."""
+def configs(images: int, parts: int, channels: int, squeezed: int, *, shared: int = SHARED) -> tuple[SqueezeConfig, ...]:
+    """Ways to cut the two layers, 32 weights a thread at a time; more warps come first where multiprocessors would be idle.
+
+    shared: bytes that a program may have on this GPU; 27 KiB are enough for one of them up to 1024 squeezed channels.
+    """
     rows = triton.next_power_of_2(squeezed)
     warps = (16, 8, 4) if images <= MULTIPROCESSORS else (8, 4, 16)
     found = []
     for n in warps if rows <= 128 else (8, 4):  # 16 warps on 256 rows spill (ptxas of Triton 3.6)
         block_c = min(max(1024 * n // rows, 4), triton.next_power_of_2(channels))
         block_t = min(max(512 * n // block_c, 1), triton.next_power_of_2(parts))
-        found += [Config(block_c, block_t, n, stages) for stages in (2, 3)]
-    return tuple(found)
+        found += [SqueezeConfig(block_c, block_t, n, stages) for stages in (2, 3)]
+    return tuple(c for c in found if c.shared(parts, squeezed) <= shared)
 
 
-def _constants(parts: int, channels: int, squeezed: int, act: str, config: Config) -> dict[str, Any]:
+def _constants(parts: int, channels: int, squeezed: int, act: str, config: SqueezeConfig) -> dict[str, Any]:
     blocks = {"block_c": config.block_c, "block_t": config.block_t, "block_r": triton.next_power_of_2(squeezed)}
     return {"channels": channels, "squeezed": squeezed, "act": act, **blocks, "once": parts <= config.block_t, "stages": config.stages}
 
 
-def squeeze(sums: Tensor, places: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, act: str = "silu", config: Config | None = None) -> Tensor:
+def squeeze(
+    sums: Tensor, places: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, act: str = "silu", config: SqueezeConfig | None = None
+) -> Tensor:
     """Partial sums (N, T, C) fp32 over `places` places an image -> gate (N, C) fp32.
 
-    w1 (R, C) and w2 (C, R) of one float type, b1 (R,) and b2 (C,) fp32; all contiguous. config: one of
-    `configs(N, T, C, R)`; None takes the first. Raises ValueError for other shapes and types.
+    w1 (R, C) and w2 (C, R) of one float type, b1 (R,) and b2 (C,) fp32; all contiguous, on one GPU. config: one of
+    `configs(N, T, C, R)`; None takes the first. Raises ValueError for anything else.
     """
-    n, parts, channels = sums.shape
-    squeezed = w1.shape[0]
-    expected = {"sums": (n, parts, channels), "w1": (squeezed, channels), "b1": (squeezed,), "w2": (channels, squeezed), "b2": (channels,)}
-    for (name, shape), tensor in zip(expected.items(), (sums, w1, b1, w2, b2), strict=True):
-        dtype = w1.dtype if name in ("w1", "w2") else torch.float32
-        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            found = f"{tuple(tensor.shape)} {tensor.dtype}{'' if tensor.is_contiguous() else ', strided'}"
-            raise ValueError(f"squeeze: expected {name} to be {shape} {dtype} and contiguous, found {found}")
-    c = config or configs(n, parts, channels, squeezed)[0]
-    gate = torch.empty((n, channels), device=sums.device)
+    operands = {"sums": (sums, "NTC", SINGLE), "w1": (w1, "RC", FLOATS), "b1": (b1, "R", SINGLE)}
+    sizes = check("squeeze", {**operands, "w2": (w2, "CR", (w1.dtype,)), "b2": (b2, "C", SINGLE)}, act)
+    n, parts, channels, squeezed = (sizes[letter] for letter in "NTCR")
+    if places < 1:
+        raise ValueError(f"squeeze: expected sums over at least 1 place an image, found {places}")
+    c = config or configs(n, parts, channels, squeezed, shared=shared_memory(sums.device))[0]
+    gate = torch.empty((n, channels), dtype=torch.float32, device=sums.device)
     if n:
         constants = _constants(parts, channels, squeezed, act, c)
-        squeeze_kernel[(n,)](sums, w1, b1, w2, b2, gate, parts, places, **constants, num_warps=c.warps, enable_fp_fusion=True)
+        with on("squeeze", sums, w1, b1, w2, b2):
+            squeeze_kernel[(n,)](sums, w1, b1, w2, b2, gate, parts, places, **constants, num_warps=c.warps, enable_fp_fusion=True)
     return gate
 
 
@@ -130,18 +139,14 @@ def squeeze_reference(sums: Tensor, places: int, w1: Tensor, b1: Tensor, w2: Ten
 
 
 def variants() -> list[Variant]:
-    """The smallest and largest blocks of B0, B7 and L2, by the first configuration for a full and for a single batch."""
-    found = []
-    for images, parts, channels, squeezed, dtype in (
-        (256, 128, 32, 8, "bf16"),
-        (256, 1, 1152, 48, "bf16"),
-        (1, 1, 1152, 48, "fp32"),
-        (256, 4, 3840, 160, "bf16"),
-        (1, 8, 8256, 344, "bf16"),
-    ):
-        config = configs(images, parts, channels, squeezed)[0]
-        pointers = dict.fromkeys(("sums", "b1", "b2", "gate"), "*fp32") | dict.fromkeys(("w1", "w2"), f"*{dtype}")
-        name = f"squeeze {channels}->{squeezed} {dtype} {config.block_c}x{config.block_t} {config.warps} warps"
-        constants = _constants(parts, channels, squeezed, "silu", config)
-        found.append(Variant(name, squeeze_kernel, {**pointers, "parts": "i32", "places": "i32"}, constants, warps=config.warps))
-    return found
+    """Blocks of B0, B7 and L2, in a large batch and alone, by the first configuration; weights in fp32, as the engine keeps them."""
+    return [variant(*sizes) for sizes in ((256, 23, 32, 8), (1, 448, 32, 8), (1, 7, 1152, 48), (256, 4, 3840, 160), (1, 8, 8256, 344))]
+
+
+def variant(images: int, parts: int, channels: int, squeezed: int, shared: int = SHARED) -> Variant:
+    """What compiles for the first configuration of these sizes."""
+    c = configs(images, parts, channels, squeezed, shared=shared)[0]
+    signature = dict.fromkeys(("sums", "w1", "b1", "w2", "b2", "gate"), "*fp32") | {"parts": "i32", "places": "i32"}
+    constants = _constants(parts, channels, squeezed, "silu", c)
+    name = f"squeeze {channels}->{squeezed} of {parts} {c.block_c}x{c.block_t} {c.warps} warps"
+    return Variant(name, squeeze_kernel, signature, constants, warps=c.warps, max_shared=c.shared(parts, squeezed))

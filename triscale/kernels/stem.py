@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from triscale.kernels.activation import activate, activate_reference, halved, rounded
-from triscale.kernels.machine import Variant
+from triscale.kernels.machine import Variant, on
+from triscale.kernels.operands import FLOATS, HALF, SINGLE, check
 from triscale.kernels.tiling import Pad
 
 _COUNTS = ("down", "across", "height", "width", "out_height", "out_width", "pad_top", "pad_left")
@@ -113,7 +114,7 @@ def stem_kernel(
 
 
 @dataclass(frozen=True, order=True)
-class Config:
+class StemConfig:
     """A program's tile of tall * wide output places, `depth` taps a product (powers of two, depth at least 16), and its warps."""
 
     tall: int
@@ -122,30 +123,33 @@ class Config:
     warps: int
 
 
-def configs(out_height: int, out_width: int) -> tuple[Config, ...]:
+def configs(out_height: int, out_width: int) -> tuple[StemConfig, ...]:
     """The configurations worth trying, that with the fewest places computed in vain first."""
-    every = [Config(tall, places // tall, 32, places // 32) for places in (128, 64) for tall in (8, 4, 2, 1)]
+    every = [StemConfig(tall, places // tall, 32, places // 32) for places in (128, 64) for tall in (8, 4, 2, 1)]
 
-    def computed(c: Config) -> tuple[int, int]:
+    def computed(c: StemConfig) -> tuple[int, int]:
         return -(-out_height // c.tall) * -(-out_width // c.wide) * c.tall * c.wide, -c.tall * c.wide
 
     return tuple(sorted(every, key=computed))
 
 
 def stem(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inv_std: Tensor, *, stride: int, pad: Pad, act: str, config: Config | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inv_std: Tensor, *, stride: int, pad: Pad, act: str, config: StemConfig | None = None
 ) -> Tensor:
     """act(convolution of (x - mean) * inv_std + bias); the padding is 0 after normalisation.
 
-    x: (N, H, W, 3) uint8, bf16 or fp16. weight: (K, K, 3, C) and bias: (C,), any float type. mean and inv_std: (3,)
-    fp32, in x's units. pad: top, bottom, left, right. Returns (N, HO, WO, C), bf16 unless x is fp16. Raises ValueError for other shapes.
+    x: (N, H, W, 3) uint8, bf16 or fp16. weight: (K, K, 3, C) and bias: (C,), any float type of 16 bits or more. mean and inv_std:
+    (3,) fp32, in x's units. All contiguous, on one GPU. pad: top, bottom, left, right. Raises ValueError for anything else.
+    Returns (N, HO, WO, C), bf16 unless x is fp16.
     """
-    n, height, width, _ = x.shape
-    size, channels = weight.shape[0], weight.shape[-1]
+    operands = {"x": (x, "NHW3", (torch.uint8, *HALF)), "weight": (weight, "KK3C", FLOATS), "bias": (bias, "C", FLOATS)}
+    sizes = check("stem", {**operands, "mean": (mean, "3", SINGLE), "inv_std": (inv_std, "3", SINGLE)}, act)
+    n, height, width, size, channels = (sizes[letter] for letter in "NHWKC")
+    if stride not in (1, 2) or min(pad) < 0:
+        raise ValueError(f"stem: expected stride 1 or 2 and padding of at least 0, found {stride} and {pad}")
     out_height, out_width = ((side + before + after - size) // stride + 1 for side, before, after in ((height, *pad[:2]), (width, *pad[2:])))
-    _check(x, weight, (bias, mean, inv_std))
-    if stride not in (1, 2) or min(pad) < 0 or min(out_height, out_width) < 1:
-        raise ValueError(f"stem: expected stride 1 or 2, padding of at least 0 and an image of the kernel's size, found {stride}, {pad}, {x.shape}")
+    if min(out_height, out_width) < 1:
+        raise ValueError(f"stem: a {size}x{size} kernel finds no place in {height}x{width} padded by {pad}")
     c = config or configs(out_height, out_width)[0]
     y = torch.empty((n, out_height, out_width, channels), dtype=torch.float16 if x.dtype == torch.float16 else torch.bfloat16, device=x.device)
     down, across = -(-out_height // c.tall), -(-out_width // c.wide)
@@ -153,20 +157,12 @@ def stem(
     constants = _constants(size, stride, channels, act, c)
     if n:
         options = {"num_warps": c.warps, "num_stages": 1, "enable_fp_fusion": True}
-        stem_kernel[(n * down * across,)](x, weight, bias, mean, inv_std, y, *counts, **constants, **options)
+        with on("stem", x, weight, bias, mean, inv_std):
+            stem_kernel[(n * down * across,)](x, weight, bias, mean, inv_std, y, *counts, **constants, **options)
     return y
 
 
-def _check(x: Tensor, weight: Tensor, vectors: tuple[Tensor, ...]) -> None:
-    size, channels = weight.shape[0], weight.shape[-1]
-    if x.ndim != 4 or x.shape[3] != 3 or x.dtype not in (torch.uint8, torch.bfloat16, torch.float16) or not x.is_contiguous():
-        raise ValueError(f"stem: expected a contiguous (N, H, W, 3) uint8, bf16 or fp16 tensor, found {tuple(x.shape)} {x.dtype}")
-    if weight.shape != (size, size, 3, channels) or not weight.is_contiguous() or [v.shape for v in vectors] != [(channels,), (3,), (3,)]:
-        found = [tuple(v.shape) for v in (weight, *vectors)]
-        raise ValueError(f"stem: expected weight (K, K, 3, C), bias (C,), mean (3,) and inv_std (3,), contiguous, found {found}")
-
-
-def _constants(size: int, stride: int, channels: int, act: str, config: Config) -> dict[str, Any]:
+def _constants(size: int, stride: int, channels: int, act: str, config: StemConfig) -> dict[str, Any]:
     """The kernel's constexpr parameters."""
     tile = {key: value for key, value in asdict(config).items() if key != "warps"}
     return {"size": size, "stride": stride, "channels": channels, "act": act, **tile}
@@ -181,13 +177,17 @@ def stem_reference(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inv_st
 
 
 def variants() -> list[Variant]:
-    """The stem of B0 from uint8, and of B7 from bf16."""
+    """The stems of B0 and ResNet-50 from uint8, and one of odd channels from bf16."""
     found = []
-    for channels, side, dtype, act in ((32, 112, "u8", "silu"), (64, 300, "bf16", "silu")):
+    for size, channels, side, dtype, act in (
+        (3, 32, 112, "u8", "silu"),
+        (7, 64, 112, "u8", "relu"),
+        (3, 37, 300, "bf16", "relu6"),
+    ):
         c = configs(side, side)[0]
         pointers = {"x": dtype, "weight": "fp32", "bias": "fp32", "mean": "fp32", "inv_std": "fp32", "y": "bf16"}
         signature = {key: f"*{type_}" for key, type_ in pointers.items()} | dict.fromkeys(_COUNTS, "i32")
-        name = f"stem 3x3 s2 3->{channels} {dtype} {act} {c.tall}x{c.wide}"
+        name = f"stem {size}x{size} s2 3->{channels} {dtype} {act} {c.tall}x{c.wide}"
         outputs = c.tall * c.wide * channels / (32 * c.warps)
-        found.append(Variant(name, stem_kernel, signature, _constants(3, 2, channels, act, c), warps=c.warps, stages=1, outputs=outputs))
+        found.append(Variant(name, stem_kernel, signature, _constants(size, 2, channels, act, c), warps=c.warps, stages=1, outputs=outputs))
     return found
