@@ -35,9 +35,9 @@ bench: $(VENV)/.installed
 	@$(BIN)/python -m benchmarks.run
 
 # Installs nothing, for a machine with a GPU may reach no index: takes the environment if it is there, else the system's Python.
-# make gpu PARTS="tests kernels-b0"
+# make gpu PARTS="tests kernels-b0" MINUTES=25 CARRIED=runs/carried
 gpu:
-	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu $(PARTS)
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu $(PARTS) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CARRIED),--carried $(CARRIED))
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

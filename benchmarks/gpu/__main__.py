@@ -6,7 +6,8 @@
     python -m benchmarks.gpu page            writes docs/gpu.md from the results
 
 Nothing is installed. What the machine lacks may lie in a folder that `carry` made, given by --carried or $TRISCALE_CARRIED. The
-first lines tell what is there and which parts are skipped for the lack of what. Without a GPU nothing is run: status 0.
+first lines tell what is there and which parts are skipped for the lack of what. Without a GPU nothing is run: status 0. Status 1
+where a part didn't come to its end or a test failed.
 """
 
 import argparse
@@ -15,15 +16,14 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 from benchmarks.gpu import carrying, code, machine, page
-from benchmarks.gpu.parts import LIMIT, PARTS, chosen, missing
-from benchmarks.gpu.record import path_of, read, write
+from benchmarks.gpu.parts import LIMIT, PARTS, chosen, missing, remaining
+from benchmarks.gpu.record import RESULTS, outcomes, path_of, read, write
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 GRACE = 5.0  # seconds beyond its own limit before a part is killed
 
 
@@ -37,24 +37,53 @@ def main(arguments):
     if not machine.have("torch"):
         print("no torch here: nothing to run")
         return 0
-    about = machine.described("cpu" if options.rehearse else "cuda")
+    try:
+        about, imports = machine.probed(options.carried, rehearsal=options.rehearse).values()
+    except ValueError as error:
+        print(f"torch can't be asked what is here: {error}", file=sys.stderr)
+        return 1
     for line in machine.inventory(found, about):
         print(line)
     if about["device"] is None and not options.rehearse:
         print("no NVIDIA GPU that torch can use: nothing to run. `--rehearse` tries the parts on the CPU, with tiny shapes")
         return 0
-    ready = []
-    for part in chosen(options.parts):
-        lacks = missing(part, found)
-        print(f"{'skipped' if lacks else 'to run '}  {part.name:<20} {part.about}{': needs ' + ', '.join(lacks) if lacks else ''}")
-        ready += [] if lacks else [part]
-    print(f"at most {len(ready) * options.limit / 60:.0f} minutes", flush=True)
-    broken = [part.name for part in ready if not run(part, options)]
+    broken, waiting = run_all(ready(options, found, about, imports), options)
     if options.out == RESULTS:
         page.main(RESULTS)
+    if waiting:
+        print(f"no time for: {', '.join(part.name for part in waiting)}; the same command with --remaining goes on")
     if broken:
         print(f"not done: {', '.join(broken)}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def ready(options, found, about, imports):
+    """The parts to run, in order: of those asked for what isn't done yet, where that is asked for, and whose needs are there. Prints them all."""
+    parts = chosen(options.parts)
+    if options.remaining:
+        parts = remaining(parts, options.out, about["device"], rehearsal=options.rehearse)
+    able = []
+    for part in parts:
+        lacks = missing(part, found, imports)
+        print(f"{'skipped' if lacks else 'to run '}  {part.name:<20} {part.about}{': needs ' + ', '.join(lacks) if lacks else ''}")
+        able += [] if lacks else [part]
+    print(f"at most {min(len(able) * options.limit / 60, options.minutes):.0f} minutes", flush=True)
+    return able
+
+
+def run_all(parts, options):
+    """(names of the parts that didn't come to their end or found failures, parts for which there was no time)."""
+    broken, waiting = [], []
+    for part in parts:
+        seconds = min(options.limit, options.begun + 60 * options.minutes - time.monotonic() - GRACE)
+        if seconds < min(part.least, options.limit):
+            waiting.append(part)
+            continue
+        if not run(part, options, seconds):
+            broken.append(part.name)
+        if options.archive:
+            archive(options.out, options.archive)
+    return broken, waiting
 
 
 def parsed(arguments):
@@ -62,11 +91,16 @@ def parsed(arguments):
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(p.name for p in PARTS)}; or a beginning: peers, peers-training")
     parser.add_argument("--carried", default=os.environ.get("TRISCALE_CARRIED"), help="a folder that `carry` made; $TRISCALE_CARRIED")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds of a part, up to {LIMIT:.0f}")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of all together, from now; a part that no longer fits isn't begun")
+    parser.add_argument("--remaining", action="store_true", help="only parts that aren't done yet on such a device; those begun last")
     parser.add_argument("--out", type=Path, help="the folder of the records; benchmarks/gpu/results unless given")
+    parser.add_argument("--archive", type=Path, metavar="FILE.tgz", help="written after each part: all records in one file")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU with tiny shapes, to try the parts themselves; needs --out")
     options = parser.parse_args(arguments)
     if not 30 <= options.limit <= LIMIT:
         parser.error(f"--limit: expected 30 to {LIMIT:.0f} seconds, found {options.limit:g}")
+    if not options.minutes >= 1:
+        parser.error(f"--minutes: expected 1 or more, found {options.minutes:g}")
     if options.rehearse and options.out is None:
         parser.error("--rehearse: give --out too; a rehearsal's figures must not lie among the results")
     try:
@@ -74,26 +108,39 @@ def parsed(arguments):
         machine.carried(options.carried)
     except ValueError as error:
         parser.error(str(error))
-    options.out = options.out or RESULTS
+    options.out, options.begun = options.out or RESULTS, time.monotonic()
     return options
 
 
-def run(part, options):
-    """Whether the part came to its end, with something found."""
+def run(part, options, seconds):
+    """Whether the part came to its end, with something found, and no test failed."""
     print(f"== {part.name}", flush=True)
     start, before = time.monotonic(), written(options.out, part)
     more = [*(["--carried", options.carried] if options.carried else []), *(["--rehearse"] if options.rehearse else [])]
-    command = [sys.executable, "-m", "benchmarks.gpu.worker", part.name, str(options.limit), str(options.out.resolve()), *more]
-    status = supervised(command, options.limit + GRACE)
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", part.name, str(seconds), str(options.out.resolve()), *more]
+    status = supervised(command, seconds + GRACE)
     body = closed(options.out, part, status) if written(options.out, part) != before else None
-    ended, rows = (body["ended"], len(body["rows"])) if body else ("nothing written", 0)
-    print(f"   {ended}, {rows} rows, {time.monotonic() - start:.0f} s", flush=True)
-    return ended in ("done", "out of time") and rows > 0
+    ended, rows = (body["ended"], body["rows"]) if body else ("nothing written", [])
+    tests = outcomes(rows)
+    told = f"; tests: {', '.join(f'{n} {outcome}' for outcome, n in tests.items())}" if sum(tests.values()) else ""
+    print(f"   {ended}, {len(rows)} rows, {time.monotonic() - start:.0f} s{told}", flush=True)
+    return ended in ("done", "out of time") and len(rows) > 0 and not tests["failed"] + tests["error"]
+
+
+def archive(folder, file):
+    """All records of `folder` in one file, whole at any time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".part")
+    with tarfile.open(partial, "w:gz") as tar:
+        for part in PARTS:
+            if path_of(folder, part.name).is_file():
+                tar.add(path_of(folder, part.name), f"{part.name}.json")
+    partial.replace(file)
 
 
 def supervised(command, seconds):
     """The exit status of `command`, run from the repository; None where it was killed after `seconds`. Its children die with it."""
-    child = subprocess.Popen(command, cwd=HERE.parent.parent, process_group=0)
+    child = subprocess.Popen(command, cwd=machine.ROOT, process_group=0)
     try:
         return child.wait(seconds)
     except subprocess.TimeoutExpired:

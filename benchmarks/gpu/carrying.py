@@ -2,7 +2,10 @@
 
 Wheels of the peers and what they need, made by pip for the versions installed here: those of Python alone, which can be
 imported from the file. What comes with torch stays here, and so does what is compiled: both are named. Packs of `triscale pack`
-and weight files are copied.
+and weight files are copied. What is installed there goes before its wheel, so a wheel too many does no harm.
+
+Where the repository itself is what travels, DIR has to lie inside it, in a folder that git ignores (runs/), and to be named where
+the command is given that is run there. Both together count against the limit.
 """
 
 import argparse
@@ -13,11 +16,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.gpu.machine import ROOT
 from triscale.quantities import size
 
 WANTED = ("timm", "pytest", "hypothesis")
 PRESENT = ("torch", "torchvision", "triton")  # taken to be on a GPU machine, with all that they need
-LIMIT = 64 << 20  # bytes in all
+NOT_CARRIED = "compiled, so the machine has to have them: python3 -m pip show NAME there says whether it does"
+LIMIT = 64 << 20  # bytes in all, the repository's own files among them
 
 
 def main(arguments):
@@ -37,7 +42,7 @@ def main(arguments):
     pure, compiled, absent = travelling(options.wheels)
     made = gather(options, pure)
     report(options.folder, compiled, absent)
-    return 0 if made and total(options.folder) <= LIMIT else 1
+    return 0 if made and total(options.folder) + repository(options.folder) <= LIMIT else 1
 
 
 def travelling(packages):
@@ -96,12 +101,38 @@ def total(folder):
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
+def repository(folder):
+    """Bytes of the repository's files that git tracks or doesn't ignore, without those in `folder`; 0 where this is no git repository."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return 0
+    files = {(ROOT / name).resolve() for name in run.stdout.split("\0") if name} if not run.returncode else set()
+    return sum(p.stat().st_size for p in files if p.is_file() and not p.is_relative_to(folder.resolve()))
+
+
+def ignored(folder):
+    """Whether git ignores the folder; None where it can't say, as outside the repository."""
+    try:
+        status = subprocess.run(["git", "check-ignore", "-q", str(folder.resolve() / "x")], cwd=ROOT, capture_output=True).returncode
+    except OSError:
+        return None
+    return {0: True, 1: False}.get(status)
+
+
 def report(folder, compiled, absent):
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         print(f"{size(path.stat().st_size):>8}  {path.relative_to(folder)}")
-    whole = total(folder)
+    own = repository(folder)
+    whole = total(folder) + own
+    print(f"{size(own):>8}  the repository's own files")
     print(f"{size(whole):>8}  in all, of {size(LIMIT)} at most{': too much' if whole > LIMIT else ''}")
-    for names, why in ((compiled, "compiled: the machine has to have them"), (absent, "not installed here")):
+    if not folder.resolve().is_relative_to(ROOT):
+        print(f"{folder} lies outside the repository: it doesn't travel with it")
+    elif ignored(folder) is False:
+        print(f"{folder} isn't ignored by git: runs/ is, and what lies in it")
+    for names, why in ((compiled, NOT_CARRIED), (absent, "not installed here")):
         if names:
             print(f"left out, {why}: {', '.join(names)}")
     print(f"there: python -m benchmarks.gpu --carried {folder}")

@@ -1,11 +1,12 @@
 """Bytes, multiply-adds and predicted time of each kernel launch of an MBConv network, by arithmetic on its Arch: no torch, no GPU.
 
 The launches are those of `triscale.kernels`: batch norm and activation in each, squeeze pooling with the depthwise convolution,
-its gate with the projection. A launch moves its inputs and outputs once. Weights aren't counted: they are read once a batch,
-0.2 % of B0's bytes at batch 256; nor is the classifier. All counts are for one image.
+its gate with the projection. A launch moves its inputs and outputs once. Weights are read once a batch, 0.2 % of B0's bytes at
+batch 256, and aren't counted, but for the squeeze's: each of its programs, one an image, reads them from the second-level cache.
+The classifier counts as a launch alone. All counts are for one image.
 
-Constants are an H200's: copy bandwidth and matrix rate as measured on such a chip (docs/gpu.md says what for), the rest by its
-data sheet.
+Constants are an H200's: copy bandwidth and matrix rate as measured on such a chip (docs/gpu.md says what for), CACHE and LAUNCH
+assumed, the rest by its data sheet.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ BANDWIDTH = 4.3e12  # bytes/s, device-to-device copy, reads and writes counted
 MATRIX = 790e12  # FLOP/s, bf16 product of 8192 x 8192 matrices
 VECTOR = 33.5e12  # FLOP/s in fp32 outside the matrix units: half of 67e12, for conversions and addresses
 ISSUED = 132 * 4 * 32 * 1.755e9  # thread instructions/s: multiprocessors, schedulers, lanes, clock
-SHARE = 0.70  # of the bandwidth and of the matrix rate that a prediction counts on
+CACHE = 5.5e12  # bytes/s read from the second-level cache: what others' microbenchmarks of an H100 find
+LAUNCH = 1.5e-6  # seconds from one kernel of a CUDA graph to the next, beyond what they take
+AROUND = 6  # launches about the kernels: the images' copy, the head's sum and division, the classifier, the logits' copy and rounding
+SHARE = 0.70  # of each rate that a prediction counts on
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Step:
 
     times: how many such launches the network has. source, out: (height, width, channels). maps: bytes of feature maps.
     vectors: bytes of fp32 sums and gates, one value a channel; the depthwise kernel's partial sums taken as one part.
+    cached: bytes of fp32 weights that each image reads from the second-level cache.
     matrix, vector: multiply-adds in matrix units and outside. squeezed: channels inside squeeze-excitation.
     """
 
@@ -36,6 +41,7 @@ class Step:
     out: tuple[int, int, int]
     maps: int
     vectors: int = 0
+    cached: int = 0
     matrix: int = 0
     vector: int = 0
     kernel: int = 1
@@ -58,14 +64,14 @@ class Step:
         return max(self.maps / BANDWIDTH, 2 * self.matrix / MATRIX, 2 * self.vector / VECTOR)
 
     def limits(self, instructions=None):
-        """Predicted seconds by what limits them: bytes, matrix units, and instructions where machine code was read.
+        """Predicted seconds by what limits them: bytes, cache, matrix units, and instructions where machine code was read.
 
         instructions: thread instructions an output.
         """
-        found = {"bytes": self.bytes / (SHARE * BANDWIDTH), "matrix": 2 * self.matrix / (SHARE * MATRIX)}
+        found = {"bytes": self.bytes / BANDWIDTH, "cache": self.cached / CACHE, "matrix": 2 * self.matrix / MATRIX}
         if instructions is not None:
             found["instructions"] = elements(self.out) * instructions / ISSUED
-        return found
+        return {limit: seconds / SHARE for limit, seconds in found.items()}
 
 
 def elements(shape):
@@ -73,13 +79,16 @@ def elements(shape):
     return height * width * channels
 
 
-def steps(arch: Arch, size=None):
-    """The launches of the network on one image of `size` px, repeated blocks once. Raises ValueError for other blocks than mbconv."""
+def steps(arch: Arch, size=None, pixel=BYTES):
+    """The launches of the network on one image of `size` px, repeated blocks once. pixel: bytes of an image's value, 1 for uint8.
+
+    Raises ValueError for other blocks than mbconv.
+    """
     size, stem = size or arch.resolution, arch.stem
     source, here = (size, size, 3), (-(-size // stem.stride), -(-size // stem.stride), stem.channels)
     if stem.pool or not arch.head.channels:
         raise ValueError(f"{arch.name}: expected a stem without pooling and a head, as EfficientNet has")
-    maps = BYTES * (elements(source) + elements(here))
+    maps = pixel * elements(source) + BYTES * elements(here)
     out = [Step("stem", "stem", 1, source, here, maps, matrix=elements(here) * stem.kernel**2 * 3, kernel=stem.kernel, stride=stem.stride)]
     for block, times in arch.distinct_blocks():
         if block.stage.block != "mbconv":
@@ -89,7 +98,7 @@ def steps(arch: Arch, size=None):
         out += made
         here = made[-1].out
     head = (*here[:2], arch.head.channels)
-    return [*out, Step("head", "head", 1, here, head, BYTES * elements(here), 4 * head[2], matrix=elements(head) * here[2])]
+    return [*out, Step("head", "head", 1, here, head, BYTES * elements(here), vectors=4 * head[2], matrix=elements(head) * here[2])]
 
 
 def _block(place, times, block, here):
@@ -105,7 +114,8 @@ def _block(place, times, block, here):
     )  # fmt: skip
     if block.squeezed:
         vector = 2 * inner * block.squeezed
-        yield Step(place, "squeeze", times, (1, 1, inner), (1, 1, inner), 0, 2 * sums, vector=vector, squeezed=block.squeezed)
+        cached = 4 * vector
+        yield Step(place, "squeeze", times, (1, 1, inner), (1, 1, inner), 0, 2 * sums, cached, vector=vector, squeezed=block.squeezed)
     last, joined = (*deep[:2], stage.channels), block.shortcut == "identity"
     maps = BYTES * (elements(deep) + elements(last) * (2 if joined else 1))
     matrix = elements(last) * inner
@@ -127,6 +137,21 @@ def predicted(step, code):
     found = step.limits(code.get(code_key(step)))
     limit = max(found, key=found.get)
     return found[limit], limit
+
+
+def launches(found):
+    """All of one batch, those about the kernels included."""
+    return AROUND + total(found, lambda step: 1)
+
+
+def rate(found, code, batch):
+    """Images/s predicted of a CUDA graph of the network on `batch` images."""
+    return batch / (batch * total(found, lambda step: predicted(step, code)[0]) + launches(found) * LAUNCH)
+
+
+def largest_batch(found):
+    """A power of two: beyond it the largest feature map has more than 2^31 elements."""
+    return 1 << ((1 << 31) // max(elements(step.out) for step in found)).bit_length() - 1
 
 
 def code_key(step):

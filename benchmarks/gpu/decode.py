@@ -1,7 +1,9 @@
 """JPEG decoding on the device, images/s: torchvision's nvJPEG alone, ours with crop and resize to 224 px, and both on the CPU.
 
-The pictures of each carried pack, in batches; bytes are in memory already.
+The pictures of each carried pack, in batches; bytes are in memory already. On the CPU they are decoded one after another, by one thread.
 """
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,35 +18,44 @@ BATCHES = (64, 256)
 SIZE = 224
 
 
-def pictures(pack):
-    """The image files of a pack, as bytes."""
-    listing = find(str(pack), draw=False)
-    return [bytes(part.read(i)) for part in (listing.train, listing.held_out) for i in range(len(part))]
+def listing(pack):
+    return find(str(pack), draw=False)
+
+
+def pictures(pack, *, labels=False):
+    """The image files of a pack, as bytes; with `labels` also the number of each one's class, as the listing's `classes` has it."""
+    found = listing(pack)
+    parts = found.train, found.held_out
+    datas = [bytes(part.read(i)) for part in parts for i in range(len(part))]
+    return (datas, [int(label) for part in parts for label in part.labels]) if labels else datas
 
 
 def run(run):
     for pack in run.found.packs:
         datas = pictures(pack)
         for batch in (2,) if run.rehearsal else BATCHES:
-            run.attempt(f"{pack.name}, batch {batch}", lambda d=datas, n=batch, name=pack.name: _add(run, name, d, n), guess=20)
+            some = (datas * (1 + batch // len(datas)))[:batch]
+            for way, (call, on_cpu) in ways(some, run.device).items():
+                run.attempt(f"{pack.name}, {way}, batch {batch}", partial(_add, run, pack.name, way, batch, call, on_cpu), like=way, guess=20)
 
 
-def _add(run, data, datas, batch):
+def ways(datas, device):
+    """{way: (a call that decodes them all, one that gives how many of them the CPU decodes)}."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    some = (datas * (1 + batch // len(datas)))[:batch]
-    encoded = [torch.frombuffer(bytearray(d), dtype=torch.uint8) for d in some]
-    box, device = Preprocess(SIZE), str(run.device)
+    encoded = [torch.frombuffer(bytearray(d), dtype=torch.uint8) for d in datas]
+    boxes, everyone = [Preprocess(SIZE)] * len(datas), lambda: len(datas)
     out = np.empty((SIZE, SIZE, 3), np.uint8)
-    ways = {
-        "torchvision, device": lambda: decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device),
-        f"triscale, device, to {SIZE} px": lambda: decode_on_gpu(some, [box] * batch, SIZE, run.device),
-        "torchvision, CPU": lambda: [decode_jpeg(e, mode=ImageReadMode.RGB) for e in encoded],
-        f"triscale, CPU, to {SIZE} px": lambda: [read_square(d, out, box) for d in some],
+    ours = partial(decode_on_gpu, datas, boxes, SIZE, device)
+    return {
+        "torchvision, device": (lambda: decode_jpeg(encoded, mode=ImageReadMode.RGB, device=str(device)), lambda: 0),
+        f"triscale, device, to {SIZE} px": (ours, lambda: len(ours().on_cpu)),
+        "torchvision, CPU, 1 thread": (lambda: [decode_jpeg(e, mode=ImageReadMode.RGB) for e in encoded], everyone),
+        f"triscale, CPU, 1 thread, to {SIZE} px": (lambda: [read_square(d, out, boxes[0]) for d in datas], everyone),
     }
-    here = decode_on_gpu(some, [box] * batch, SIZE, run.device).on_cpu
-    found = timing.in_turn(ways, run.device, runs=run.runs, seconds=min(60, max(run.left() / 3, 0)), latency=True)
-    for way, runs in found.items():
-        times = timing.columns(runs)
-        on_cpu = len(here) if way.startswith("triscale, device") else batch * ("CPU" in way)
-        run.record.add("decode", data=data, way=way, images_per_s=1e3 * batch / times["ms"], on_cpu=on_cpu, batch=batch, **times)
+
+
+def _add(run, data, way, batch, call, on_cpu):
+    found = timing.in_turn({"": call}, run.device, runs=run.runs, seconds=min(15, max(run.left() / 3, 0)), latency=True)[""]
+    times = timing.columns(found)
+    run.record.add("decode", data=data, way=way, images_per_s=1e3 * batch / times["ms"], on_cpu=on_cpu(), batch=batch, **times)

@@ -1,8 +1,9 @@
 """torch's depthwise convolution at each distinct shape of B0, B4 and B7, bf16: forward, data gradient, weight gradient.
 
 Bytes: the forward pass reads the input and writes the output, the data gradient reads the output's and writes the input's, the
-weight gradient reads both. Padding is symmetric, so that none is copied. Ways: cuDNN channels-last, torch's own kernels
-channels-last (cuDNN off), and cuDNN NCHW. Inputs rotate, so that no cache holds them.
+weight gradient reads both. Padding is symmetric, so that none is copied. Ways: cuDNN channels-last; torch's own kernels, which are
+NCHW, from channels-last tensors, whose copies count in its time; and from NCHW ones (bf16 in NCHW doesn't go to cuDNN). Each row
+names the backend that torch took. Inputs rotate, so that no cache holds them.
 """
 
 import math
@@ -15,7 +16,12 @@ from benchmarks.gpu.parts import NETWORKS
 from triscale.families import arch
 
 TARGET = 1 << 29  # bytes that a call moves, about
-WAYS = {"cuDNN, channels-last": (True, torch.channels_last), "native, channels-last": (False, torch.channels_last), "cuDNN, NCHW": (True, None)}
+# way -> whether cuDNN may be taken, memory format
+WAYS = {
+    "cuDNN, channels-last": (True, torch.channels_last),
+    "native, from channels-last (copies)": (False, torch.channels_last),
+    "native, NCHW": (False, None),
+}
 PASSES = ("forward", "data gradient", "weight gradient")
 
 
@@ -58,6 +64,12 @@ def calls(x, w, g, stride):
     }
 
 
+def backend(x, w, stride):
+    """torch's name of what it takes for the convolution, as its flags stand: "Cudnn", "CudaDepthwise2d" (its own)."""
+    pad = w.shape[2] // 2
+    return str(torch._C._select_conv_backend(x, w, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], w.shape[0])).rpartition(".")[2]
+
+
 def run(run):
     cases = [((8, 9, 3, 2), 2)] if run.rehearsal else [(shape, batch_of(shape)) for shape in shapes()]
     for way, (cudnn, layout) in WAYS.items():
@@ -73,12 +85,14 @@ def _add(run, shape, batch, how):
     about = {"channels": channels, "side": side, "kernel": kernel, "stride": stride, "batch": batch, "way": way, "bytes": moved}
     try:
         with torch.backends.cudnn.flags(enabled=cudnn, benchmark=True), torch.no_grad():
-            sets = [calls(*tensors(shape, batch, layout, run.device), stride) for _ in range(2)]
+            inputs = [tensors(shape, batch, layout, run.device) for _ in range(2)]
+            about["backend"] = backend(*inputs[0][:2], stride)
+            sets = [calls(*some, stride) for some in inputs]
             for name in PASSES:
                 some = [s[name] for s in sets]
                 found = timing.in_turn({"": lambda some=some: [call() for call in some]}, run.device, runs=run.runs)[""]
                 times = timing.columns([ms / len(some) for ms in found])
                 run.record.add("depthwise", **about, **{"pass": name}, bytes_per_s=1e3 * moved / times["ms"], **times)
     finally:
-        sets = None
+        inputs = sets = None
         timing.forget(run.device)

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.counting import elements, steps
+from benchmarks.gpu.counting import steps
 from triscale.blocks import same_padding
 from triscale.families import arch
+from triscale.kernels.machine import SHARED, shared_memory
 
 BATCH = {"b0": 256, "b4": 64, "b7": 16}
 BEYOND_CACHE = 1 << 28  # bytes of all sets, five times an H200's second-level cache
@@ -34,21 +35,22 @@ def padding(step):
 
 
 def arguments(step, act, batch, parts, device):
-    """(positional, named) arguments of the launcher for one set of random tensors. parts: of the sums that a squeeze adds up."""
+    """(positional, named) arguments of the launcher for one set of random tensors, in the types that the engine keeps: matrices in HALF,
+    all other weights in fp32. parts: of the sums that a squeeze adds up."""
     tensor = lambda *shape, dtype=HALF, scale=1.0: (scale * torch.randn(shape, device=device)).to(dtype)  # noqa: E731
     (height, width, cin), cout, places = step.source, step.out[2], step.source[0] * step.source[1]
-    x, bias = tensor(batch, height, width, cin), tensor(cout, dtype=torch.float32)
+    x, single = tensor(batch, height, width, cin), partial(tensor, dtype=torch.float32)
+    bias = single(cout)
     window = {"stride": step.stride, "pad": padding(step)}
     if step.kind == "stem":
         x = torch.randint(0, 256, x.shape, device=device, dtype=torch.uint8)
         mean, inv_std = torch.full((3,), 120.0, device=device), torch.full((3,), 1 / 60, device=device)
-        return (x, tensor(step.kernel, step.kernel, cin, cout, scale=0.2), bias, mean, inv_std), {**window, "act": act}
+        return (x, single(step.kernel, step.kernel, cin, cout, scale=0.2), bias, mean, inv_std), {**window, "act": act}
     if step.kind == "depthwise":
-        return (x, tensor(step.kernel, step.kernel, cout, scale=0.2), bias), {**window, "act": act, "pool": step.vectors > 0}
+        return (x, single(step.kernel, step.kernel, cout, scale=0.2), bias), {**window, "act": act, "pool": step.vectors > 0}
     if step.kind == "squeeze":
-        r, half = step.squeezed, partial(tensor, scale=cout**-0.5)
-        biases = tensor(r, dtype=torch.float32), bias
-        return (tensor(batch, parts, cout, dtype=torch.float32), places, half(r, cout), biases[0], half(cout, r), biases[1]), {"act": act}
+        r, layer = step.squeezed, partial(single, scale=cout**-0.5)
+        return (single(batch, parts, cout), places, layer(r, cout), single(r), layer(cout, r), bias), {"act": act}
     more = {"act": "none" if step.kind == "project" else act, "pool": step.kind == "head"}
     if step.gated:
         more["gate"] = torch.rand(batch, cin, device=device)
@@ -57,8 +59,8 @@ def arguments(step, act, batch, parts, device):
     return (x, tensor(cin, cout, scale=cin**-0.5), bias), more
 
 
-def configurations(step, batch, parts):
-    """The ways to cut a step that its kernel would try, the likely fastest first."""
+def configurations(step, batch, parts, shared=SHARED):
+    """The ways to cut a step that its kernel would try, the likely fastest first. shared: bytes that a program may have."""
     (height, width, cin), cout, places = step.source, step.out[2], step.source[0] * step.source[1]
     if step.kind == "stem":
         from triscale.kernels.stem import configs
@@ -67,14 +69,15 @@ def configurations(step, batch, parts):
     if step.kind == "depthwise":
         from triscale.kernels.tiling import Shape, configs
 
-        return configs(Shape(batch, height, width, cin, step.kernel, step.stride, padding(step)))
+        return configs(Shape(batch, height, width, cin, step.kernel, step.stride, padding(step)), pool=step.vectors > 0)
     if step.kind == "squeeze":
         from triscale.kernels.squeeze import configs
 
-        return configs(batch, parts, cout, step.squeezed)
+        return configs(batch, parts, cout, step.squeezed, shared=shared)
     from triscale.kernels.pointwise_tiles import configs
 
-    return configs(batch * places, places, cin, cout, gated=step.gated, pool=step.kind == "head")
+    kind = {"gated": step.gated, "residual": step.residual, "pool": step.kind == "head"}
+    return configs(batch * places, places, cin, cout, **kind, shared=shared)
 
 
 def run(run, name):
@@ -85,7 +88,7 @@ def run(run, name):
         run.record.note(why)
         return
     network = arch(f"efficientnet_{name}")
-    found = steps(network, 32 if run.rehearsal else None)
+    found = steps(network, 32 if run.rehearsal else None, pixel=1)
     if run.rehearsal:  # the interpreter takes seconds a launch: the first step of each kind
         found = list({step.kind: step for step in reversed(found)}.values())[::-1]
     parts = {}
@@ -98,10 +101,10 @@ def run(run, name):
 def _add(run, name, step, rank, act, parts):
     """parts: of the sums, by place; filled by the depthwise step for the squeeze that follows it."""
     batch = 1 if run.rehearsal else BATCH[name]
-    choices = configurations(step, batch, parts.get(step.place, 1))
+    choices = configurations(step, batch, parts.get(step.place, 1), shared_memory(run.device))
     if rank >= len(choices):
         return
-    moved, launch = batch * (step.bytes - (elements(step.source) if step.kind == "stem" else 0)), launcher(step.kind)  # its image is uint8 here
+    moved, launch = batch * step.bytes, launcher(step.kind)
     sets = 1 if run.rehearsal else min(MOST_SETS, 1 + BEYOND_CACHE // moved)
     try:
         with torch.inference_mode():

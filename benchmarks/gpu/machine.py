@@ -1,7 +1,13 @@
-"""What is on this machine and what was carried to it: versions, device, clocks, wheels, packs, weights."""
+"""What is on this machine and what was carried to it: versions, device, clocks, wheels, packs, weights.
 
+python -m benchmarks.gpu.machine [--carried DIR] [--rehearse]: as JSON, what `probed` gives.
+"""
+
+import argparse
+import importlib
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import shutil
 import subprocess
@@ -10,11 +16,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGES = ("torch", "triton", "numpy", "timm", "torchvision", "safetensors", "pytest", "hypothesis")
+# What parts need imported, which may fail for what is found: timm alone does without torchvision.
+MODULES = (
+    "triton",
+    "triscale.kernels.pointwise",
+    "triscale.inference.network",
+    "timm",
+    "torchvision",
+    "numpy",
+    "safetensors",
+    "pytest",
+    "hypothesis",
+)
 PURE = "-none-any.whl"
+ROOT = Path(__file__).resolve().parent.parent.parent
 SMI = (
     *("name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
     *("temperature.gpu", "power.draw", "power.limit", "utilization.gpu"),
 )
+SMI_S, PROBE_S = 10, 120  # seconds that nvidia-smi and `probed` may take
 
 
 class Carried(NamedTuple):
@@ -60,12 +80,52 @@ def have(module):
         return False
 
 
+def import_error(module):
+    """Why it can't be imported, in a line; empty where it can. Imports it."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a library that was built for another torch raises what it likes
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:200]
+    return ""
+
+
+def probed(folder, *, rehearsal):
+    """{"about": `described`, "imports": {module: `import_error`}}, found in a process of its own: one that has touched the GPU keeps memory there.
+
+    Nothing is imported where there is no GPU and this is no rehearsal. Raises ValueError where the process fails, by its error.
+    """
+    more = [*(["--carried", str(folder)] if folder else []), *(["--rehearse"] if rehearsal else [])]
+    command = [sys.executable, "-m", "benchmarks.gpu.machine", *more]
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROBE_S)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"torch says nothing of this machine within {PROBE_S} s") from None
+    if run.returncode:
+        lines = [line for line in run.stderr.splitlines() if "Error" in line and not line.startswith(" ")]
+        raise ValueError(lines[-1] if lines else f"it ended with status {run.returncode}; {run.stderr.strip()[-300:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--carried")
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args()
+    add_wheels(carried(options.carried))
+    about = described("cpu" if options.rehearse else "cuda")
+    wanted = MODULES if about["device"] or options.rehearse else ()
+    print(json.dumps({"about": about, "imports": {module: import_error(module) for module in wanted}}))
+
+
 def smi():
     """nvidia-smi's answer about the first GPU, by field; {} where there is no nvidia-smi, or it says nothing."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader,nounits"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=SMI_S)
+    except (subprocess.TimeoutExpired, OSError):
+        return {}
     values = [v.strip() for v in run.stdout.strip().split(",")]
     return dict(zip(SMI, values, strict=True)) if run.returncode == 0 and len(values) == len(SMI) else {}
 
@@ -110,3 +170,7 @@ def inventory(found, about):
 
 def names(paths):
     return ", ".join(p.name for p in paths) or "none"
+
+
+if __name__ == "__main__":
+    main()

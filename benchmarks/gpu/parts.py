@@ -2,16 +2,17 @@
 
 from typing import NamedTuple
 
-from benchmarks.gpu.machine import have, version
+from benchmarks.gpu.record import read_earlier
 
 NETWORKS = ("b0", "b4", "b7")
+BATCHES = {"b0": (512, 1024, 256), "b4": (128, 256, 64), "b7": (32, 64, 16)}  # of ours, in the order tried
 LIMIT = 480.0  # seconds of a part, at most
 
 
 class Part(NamedTuple):
     """runs: module of this folder and function, called with the run (worker.Run) and, where there is one, the network.
 
-    needs: what has to be there, as keys of NEEDS.
+    needs: what has to be there, as keys of NEEDS. least: seconds that it needs to find anything; with fewer it isn't begun.
     """
 
     name: str
@@ -19,33 +20,57 @@ class Part(NamedTuple):
     runs: str
     network: str | None = None
     needs: tuple[str, ...] = ()
+    least: float = 60.0
 
 
+# Each -> modules of which one has to be importable. A pack and weights are carried.
 NEEDS = {
-    "pytest": lambda carried: version("pytest") is not None,
-    "triton": lambda carried: have("triton"),
-    "the kernels (triscale.kernels)": lambda carried: have("triscale.kernels.pointwise"),
-    "triscale.inference": lambda carried: have("triscale.inference.network"),
-    "timm or torchvision": lambda carried: have("timm") or have("torchvision"),
-    "timm": lambda carried: have("timm"),
-    "torchvision": lambda carried: have("torchvision"),
-    "numpy": lambda carried: have("numpy"),
-    "safetensors": lambda carried: have("safetensors"),
-    "a pack": lambda carried: bool(carried.packs),
-    "weights": lambda carried: bool(carried.weights),
+    "pytest": ("pytest",),
+    "hypothesis": ("hypothesis",),
+    "triton": ("triton",),
+    "the kernels (triscale.kernels)": ("triscale.kernels.pointwise",),
+    "triscale.inference": ("triscale.inference.network",),
+    "timm or torchvision": ("timm", "torchvision"),
+    "torchvision": ("torchvision",),
+    "numpy": ("numpy",),
+    "safetensors": ("safetensors",),
+    "a pack": (),
+    "weights": (),
 }
-OURS = ("triton", "triscale.inference")
+KERNELS = ("triton", "the kernels (triscale.kernels)")
+OURS, PEERS = ("triton", "triscale.inference"), ("timm or torchvision",)
+TOP1 = (*OURS, "numpy", "safetensors", "a pack", "weights")
+
+
+def _kernels(n):
+    return Part(f"kernels-{n}", f"each kernel at each shape of {n}", "launches:run", n, KERNELS, 120.0)
+
+
+def _ours(n):
+    return Part(f"ours-{n}", f"optimised {n} beside its peers' best, in turn", "ours:run", n, OURS, 300.0)
+
+
+def _latency(n):
+    return Part(f"latency-{n}", f"optimised {n} beside its peers, batch 1", "ours:latency", n, OURS, 240.0)
+
+
+# What matters most comes first, for a machine that is there for half an hour.
 PARTS = (
-    Part("tests", "the tests of the suite that need a GPU, and the kernels' on it", "suite:run", None, ("pytest",)),
     Part("ceilings", "the GPU's copy bandwidth and matrix rate", "ceilings:run"),
-    *(Part(f"kernels-{n}", f"each kernel at each shape of {n}", "launches:run", n, ("triton", "the kernels (triscale.kernels)")) for n in NETWORKS),
-    *(Part(f"ours-{n}", f"optimised {n} beside timm eager and compiled, in turn", "ours:run", n, (*OURS, "timm")) for n in NETWORKS),
-    Part("ours-top1", "classes that optimising changes, on packed pictures", "ours:top1", None, (*OURS, "numpy", "safetensors", "a pack", "weights")),
-    *(Part(f"peers-inference-{n}", f"{n} of timm and torchvision: rate, latency", "peers:inference", n, ("timm or torchvision",)) for n in NETWORKS),
-    *(Part(f"peers-training-{n}", f"{n} of timm and torchvision: training steps", "peers:training", n, ("timm or torchvision",)) for n in NETWORKS),
+    _latency("b0"),
+    _ours("b0"),
+    Part("ours-top1", "classes that optimising changes, on packed pictures", "ours:top1", None, TOP1, 150.0),
+    Part("tests", "the tests of the suite that need a GPU, and the kernels' on it", "suite:run", None, ("pytest", "hypothesis"), 120.0),
+    _kernels("b0"),
+    _ours("b4"),
+    _ours("b7"),
+    *(Part(f"peers-inference-{n}", f"{n} of timm and torchvision: rate, latency", "peers:inference", n, PEERS, 180.0) for n in NETWORKS),
+    *(Part(f"peers-training-{n}", f"{n} of timm and torchvision: training steps", "peers:training", n, PEERS, 180.0) for n in NETWORKS),
+    *(_kernels(n) for n in NETWORKS[1:]),
+    *(_latency(n) for n in NETWORKS[1:]),
     Part("depthwise", "torch's depthwise convolution at each shape of the family", "depthwise:run"),
     Part("decode", "JPEG decoding on the GPU", "decode:run", None, ("torchvision", "numpy", "a pack")),
-)
+)  # fmt: skip
 
 
 def chosen(names):
@@ -62,6 +87,22 @@ def chosen(names):
     return [p for p in PARTS if p in found] if names else list(PARTS)
 
 
-def missing(part, carried):
-    """What the part needs and isn't there."""
-    return [need for need in part.needs if not NEEDS[need](carried)]
+def missing(part, carried, imports):
+    """What the part needs and isn't there, with why it can't be imported. imports: {module: why not, "" where it can} (machine.probed)."""
+    lacks = []
+    for need in part.needs:
+        errors = [imports.get(module, "not tried") for module in NEEDS[need]]
+        if need in ("a pack", "weights"):
+            if not (carried.packs if need == "a pack" else carried.weights):
+                lacks.append(need)
+        elif all(errors):
+            lacks.append(f"{need} ({'; '.join(dict.fromkeys(errors))})")
+    return lacks
+
+
+def remaining(parts, folder, device, *, rehearsal=False):
+    """Of these parts those that aren't done yet on such a device, by the records in `folder` and the tree; those that found something
+    come last."""
+    bodies = [read_earlier(folder, part.name, device, rehearsal=rehearsal) for part in parts]
+    left = [(body is not None and bool(body["rows"]), i) for i, body in enumerate(bodies) if body is None or body["ended"] != "done"]
+    return [parts[i] for _, i in sorted(left)]

@@ -7,24 +7,30 @@ from pathlib import Path
 from triscale.files import write_text
 
 FORMAT = 1
-NUMBER, OPTIONAL = (int, float), (int, float, type(None))
+NUMBER, OPTIONAL, TEXT = (int, float), (int, float, type(None)), (str, type(None))
 # The columns of each kind of row. Times are of one call, images_per_s of its median; runs: how many times it was timed.
 TIMES = {"ms": NUMBER, "ms_min": NUMBER, "ms_max": NUMBER, "runs": int}
 SIZES = {"batch": int, "px": int, "images_per_s": NUMBER, "peak_bytes": OPTIONAL}
 COLUMNS = {
     "test": {"name": str, "outcome": str, "seconds": NUMBER, "message": str},
-    # mode: inference, training or latency (batch 1, waited for, on the host's clock); way: eager, compiled or ours
-    "network": {"library": str, "network": str, "way": str, "mode": str, **SIZES, **TIMES},
-    # timed in turn with the others of its part, at the best batch
-    "in turn": {"library": str, "network": str, "way": str, "mode": str, "batch": int, "px": int, "images_per_s": NUMBER, **TIMES},
-    # against: "library way" of each peer timed in turn with ours -> how many times its rate ours is, median and range over the rounds
-    "comparison": {"network": str, "mode": str, "against": str, "times": NUMBER, "times_min": NUMBER, "times_max": NUMBER},
+    # mode: inference, training or latency (batch 1, waited for, on the host's clock); way: a key of peers.WAYS, or ours, ours from uint8
+    # used: of ours, what its engine took ("kernels bfloat16"; "plain ..." where the network itself ran, and why); None for peers
+    # peak_bytes: reserved at most while it was timed, beyond what lay there before it was built
+    "network": {"library": str, "network": str, "way": str, "mode": str, "used": TEXT, **SIZES, **TIMES},
+    # timed in turn with the others of its part, at the best batch; of two rows of one library and way the later counts
+    "in turn": {"library": str, "network": str, "way": str, "mode": str, "used": TEXT, "batch": int, "px": int, "images_per_s": NUMBER, **TIMES},
+    # library, way: of a peer timed in turn with ours -> how many times its rate ours is, median and range over the rounds
+    "comparison": {"network": str, "mode": str, "library": str, "way": str, "used": TEXT}
+    | {"times": NUMBER, "times_min": NUMBER, "times_max": NUMBER},
     # key: of counting.Step; config: how it was cut, the rank-th choice by the kernel's own estimate; bytes: of the batch, as counted
     "kernel": {"network": str, "key": str, "config": str, "rank": int, "batch": int, "bytes": int, "bytes_per_s": NUMBER, **TIMES},
-    "depthwise": {"channels": int, "side": int, "kernel": int, "stride": int, "batch": int, "way": str, "pass": str, "bytes": int}
+    # backend: what torch takes for it, "Cudnn" or "CudaDepthwise2d"
+    "depthwise": {"channels": int, "side": int, "kernel": int, "stride": int, "batch": int, "way": str, "backend": str, "pass": str, "bytes": int}
     | {"bytes_per_s": NUMBER, **TIMES},
     "decode": {"data": str, "way": str, "images_per_s": NUMBER, "on_cpu": int, **TIMES, "batch": int},
-    "agreement": {"network": str, "images": int, "different": int, "largest_change": NUMBER},
+    # right: pictures that ours classifies as the pack's labels say, right_plain: the fp32 network; None where the pack has other classes
+    "agreement": {"network": str, "pack": str, "used": TEXT, "images": int, "different": int, "right": OPTIONAL, "right_plain": OPTIONAL}
+    | {"largest_change": NUMBER},
     "ceiling": {"what": str, "rate": NUMBER, "unit": str, **TIMES},
 }
 BODY = {"format": int, "part": str, "date": str, "rehearsal": bool, "machine": dict, "limit_s": NUMBER, "seconds": NUMBER, "ended": str}
@@ -69,6 +75,30 @@ def read(folder, part):
     body = json.loads(path.read_text(encoding="utf-8"))
     check(body)
     return body
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def read_earlier(folder, part, device, *, rehearsal=False):
+    """The record of a part on such a device (machine.gpu), in `folder` or else among the tree's results; None where there is none.
+
+    One of another version, or on another device, counts as none.
+    """
+    for place in dict.fromkeys((Path(folder), RESULTS)):
+        try:
+            body = read(place, part)
+        except ValueError:  # of another version: nothing to build on
+            continue
+        if body and body["rehearsal"] == rehearsal and (body["machine"].get("device") or {}).get("name") == (device or {}).get("name"):
+            return body
+    return None
+
+
+def outcomes(rows):
+    """How many of the tests among them passed, failed and so on."""
+    tests = [row["outcome"] for row in rows if row["kind"] == "test"]
+    return {outcome: tests.count(outcome) for outcome in ("passed", "failed", "error", "skipped")}
 
 
 class Record:

@@ -1,7 +1,8 @@
-"""The tests that need a GPU, run by pytest in this process: those skipped without CUDA, and the kernels' (tests/interpreter.py).
+"""The tests that need a GPU, run by pytest in this process: those skipped without CUDA, those marked `gpu`, and the kernels'
+(tests/interpreter.py).
 
-A file is taken where it asks for CUDA or says where kernels run; of its tests, those with such a condition. On a GPU the kernel
-tests run compiled, on the device.
+A file is taken where it asks for CUDA or says where kernels run; of its tests, those with such a condition or mark. On a GPU the
+kernel tests run compiled, on the device.
 """
 
 from pathlib import Path
@@ -15,9 +16,9 @@ def files():
 
 
 def needs_gpu(item):
-    """Whether the test is skipped for the lack of CUDA, or lies in a file of kernel tests."""
+    """Whether the test is skipped for the lack of CUDA, is marked `gpu`, or lies in a file of kernel tests."""
     reasons = " ".join(str(mark.kwargs.get("reason", "")) for mark in item.iter_markers("skipif"))
-    return "cuda" in reasons.lower() or "gpu" in reasons.lower() or hasattr(item.module, "run_apart")
+    return "cuda" in reasons.lower() or "gpu" in reasons.lower() or item.get_closest_marker("gpu") is not None or hasattr(item.module, "run_apart")
 
 
 class Watch:

@@ -2,15 +2,21 @@
 
 import argparse
 import importlib
+import os
 import time
 from pathlib import Path
 
-from benchmarks.gpu import machine
+from benchmarks.gpu import interpreter, machine
+from benchmarks.gpu.clocks import Sampler
 from benchmarks.gpu.parts import PARTS
-from benchmarks.gpu.record import Record, read
+from benchmarks.gpu.record import Record, read_earlier
 from benchmarks.gpu.sweep import first_line
 
 RESERVE = 20.0  # seconds kept back from the limit: to stop in order, and for the interpreter's own start and end
+
+
+class DeviceLostError(Exception):
+    """The GPU answers every call of this process with an error, as after a kernel that wrote beyond its memory: nothing more can be measured."""
 
 
 class Run:
@@ -22,6 +28,8 @@ class Run:
     def __init__(self, part, seconds, out, found, *, rehearsal=False):
         import torch
 
+        from benchmarks.gpu.timing import NETWORK_MS
+
         self.part, self.out, self.found, self.rehearsal = part, Path(out), found, rehearsal
         self.device = torch.device("cpu" if rehearsal else "cuda")
         self.end = time.monotonic() + seconds - (0 if rehearsal else RESERVE)
@@ -29,28 +37,22 @@ class Run:
         self.before = self.earlier(part.name)
         self.record = Record(out, part.name, self.about, seconds, rehearsal)
         self.longest = {}
-        self.runs, self.most = (2, 2) if rehearsal else (10, 1 << 16)
+        self.runs, self.most, self.group_ms = (2, 2, 0.01) if rehearsal else (10, 1 << 16, NETWORK_MS)
 
     def earlier(self, name):
-        """The rows of a part's record from an earlier run on such a device; [] where there is none."""
-        try:
-            body = read(self.out, name)
-        except ValueError:  # of another version: nothing to build on
-            return []
-        if body is None or body["rehearsal"] != self.rehearsal:
-            return []
-        here, there = ((about["device"] or {}).get("name") for about in (self.about, body["machine"]))
-        return body["rows"] if here == there else []
+        """The rows of a part's record from an earlier run on such a device, in `out` or else among the tree's results; [] where there is none."""
+        body = read_earlier(self.out, name, self.about["device"], rehearsal=self.rehearsal)
+        return body["rows"] if body else []
 
     def left(self):
         """Seconds."""
         return self.end - time.monotonic()
 
-    def attempt(self, what, work, *, like=None, guess=5.0):
+    def attempt(self, what, work, *, like=None, guess=5.0, spare=0.0):
         """work(), or None with a note where it fails or the time left is short. like: how its kind is called, whose longest run so far says
-        how long this one may take; guess: where there was none."""
+        how long this one may take; guess: where there was none. spare: seconds that are to be left after it. Raises DeviceLostError."""
         like = like or what
-        expected = self.longest.get(like, 0.0 if self.rehearsal else guess)
+        expected = self.longest.get(like, 0.0 if self.rehearsal else guess) + (0.0 if self.rehearsal else spare)
         if self.left() < expected:
             self.record.note(f"{what}: not begun, {max(self.left(), 0):.0f} s left, {expected:.0f} s expected")
             self.cut = True
@@ -59,11 +61,24 @@ class Run:
         start = time.monotonic()
         try:
             return work()
+        except DeviceLostError:
+            raise
         except Exception as error:  # the peers' failures are findings: the next case goes on
             self.record.note(f"{what}: {first_line(error)}")
-            return None
         finally:
             self.longest[like] = max(self.longest.get(like, 0.0), time.monotonic() - start)
+        self.sound()
+        return None
+
+    def sound(self):
+        """Raises DeviceLostError where the device doesn't answer any more: after any exception, for some of CUDA's stay."""
+        if self.device.type == "cuda":
+            import torch
+
+            try:
+                torch.cuda.synchronize(self.device)
+            except Exception as error:
+                raise DeviceLostError(first_line(error)) from error
 
     cut = False  # whether time ran out before all was done
 
@@ -76,19 +91,28 @@ def main():
     parser.add_argument("--carried")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
+    if options.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     found = machine.carried(options.carried)
     machine.add_wheels(found)
+    if options.rehearse:
+        interpreter.mend()
     part = next(p for p in PARTS if p.name == options.part)
     run = Run(part, options.seconds, options.out, found, rehearsal=options.rehearse)
+    sampler = Sampler()
     try:
-        carry_out(run)
+        if run.device.type == "cuda":
+            sampler.start()
+        carry_out(run, sampler)
     except BaseException as error:
         run.record.note(first_line(error))
-        run.record.end("crashed", {"smi_after": machine.smi()})
+        run.record.end("crashed", after(sampler))
         raise
+    finally:
+        sampler.stop()
 
 
-def carry_out(run):
+def carry_out(run, sampler=None):
     import torch
 
     # cuDNN tries its algorithms at each new shape: peers at their best.
@@ -97,7 +121,14 @@ def carry_out(run):
     module, function = run.part.runs.split(":")
     work = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
     work(run, *([run.part.network] if run.part.network else []))
-    run.record.end("out of time" if run.cut else "done", {"smi_after": machine.smi()})
+    run.record.end("out of time" if run.cut else "done", after(sampler))
+
+
+def after(sampler):
+    """For a record, at its end: the clocks after the part and while something was timed."""
+    from benchmarks.gpu.timing import WINDOWS
+
+    return {"smi_after": machine.smi(), "clocks_timed": sampler.summary(WINDOWS) if sampler else {}}
 
 
 if __name__ == "__main__":
