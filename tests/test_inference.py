@@ -873,6 +873,29 @@ if runs_here():
 
     @pytest.mark.gpu
     @pytest.mark.usefixtures("quick")
+    def test_without_a_single_kernel_of_the_kernels_the_engine_still_computes(home, told, monkeypatch):
+        """Each step by torch, from pixels: its types and layouts are the kernels'."""
+        from triscale.inference import kernel_tuning
+        from triscale.kernels import depthwise, pointwise, squeeze, stem
+
+        def refuse(*args, **options):
+            raise kernel_tuning.not_compiled()[1](300_000, 232_448, "shared memory")
+
+        for module, name in ((depthwise, "depthwise"), (pointwise, "pointwise"), (squeeze, "squeeze"), (stem, "stem")):
+            monkeypatch.setattr(module, name, refuse)
+        net = settled(ts.scale(ts.arch("efficientnet_b0"), width=0.25, depth=0.2)).to(DEVICE)
+        net.preprocess = ts.Preprocess(64)
+        pixels = (50 * images(2, (32, 32), 3) + 120).clamp(0, 255).to(torch.uint8).to(DEVICE)
+        out = optimize(net, engine="triton", precision="bfloat16", tell=told.append)
+        expected = optimize(net, engine="torch")(pixels)
+        assert relative(out(pixels), expected) < 0.1
+        assert out.engine.used == ("kernels bfloat16",)
+        before = len(told)
+        out(pixels)
+        assert len(told) == before > 4  # each shape once
+
+    @pytest.mark.gpu
+    @pytest.mark.usefixtures("quick")
     def test_pixels_through_the_kernels(home):
         """A small network; bfloat16; blocks without kernels beside those with them."""
         stages = (
@@ -899,4 +922,4 @@ else:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "gpu"]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
-        assert "7 passed" in run.stdout
+        assert "8 passed" in run.stdout

@@ -23,11 +23,16 @@ class Triton(Torch):
     def __init__(self, tune: Tuner, mean: Tensor, inv_std: Tensor) -> None:
         """mean, inv_std: (3,) float32, of uint8 pixels."""
         self.tune, self.mean, self.inv_std = tune, mean, inv_std
+        self.refused = set[str]()  # what didn't compile, and isn't tried again
 
     def _by(self, kernel: str, sizes: Mapping[str, Any], configs: Callable[[], Sequence[Any]], run: Callable[[Any], T], plain: Callable[[], T]) -> T:
+        key = f"{kernel} {sizes}"
+        if key in self.refused:
+            return plain()
         try:
             return run(self.tune(kernel, sizes, configs, run))
         except not_compiled() as error:
+            self.refused.add(key)
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.tune.tell(f"optimize: the kernel '{kernel}' doesn't compile here for {_listed(sizes)}; torch computes such steps ({why})")
             return plain()
@@ -47,7 +52,7 @@ class Triton(Torch):
             return stem(rows, step.weight, step.bias, mean, inv_std, stride=window.stride, pad=pad, act=step.act, config=config)
 
         def plain() -> Tensor:
-            y = Torch.stem(self, step, x if as_is else self.normalised(x).to(step.weight.dtype))
+            y = Torch.stem(self, step, x if as_is else self.normalised(x).to(self.tune.dtype))
             return _nhwc(y)
 
         sizes = {"n": n, "height": height, "width": width, "weight": list(step.weight.shape), "stride": window.stride, "uint8": not as_is}
