@@ -580,8 +580,8 @@ def test_imagenet_samples_with_real_weights_against_timm(shared, tmp_path):
     assert results["top1"] >= 0.90
     assert results["top5"] >= 0.97
     assert results["labels"] == "labels.csv"
-    assert results["speed"]["computed"][0] == "eager"  # the first 64 images, then what was measured to be faster
-    assert len(results["speed"]["computed"]) == 2
+    assert results["speed"]["computed"] != ["eager"]  # what was measured to be fastest, for all of them
+    assert len(results["speed"]["computed"]) == 1
 
     peer = timm.create_model("tf_efficientnetv2_b0", pretrained=False).eval()
     peer.load_state_dict(load_file(weights))

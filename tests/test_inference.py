@@ -26,7 +26,8 @@ from triscale.blocks import BatchNorm
 from triscale.data.decode import decode
 from triscale.data.fast import evaluate_into
 from triscale.inference import OptimizeWarning, notices, onednn, optimize, tuning
-from triscale.inference.cpu import agree, bfloat16_is_native
+from triscale.inference.agreement import agree, no_worse
+from triscale.inference.cpu import bfloat16_is_native
 from triscale.inference.executor import Torch, execute
 from triscale.inference.lowering import lower, plain_kinds
 from triscale.inference.onednn import OneDNN
@@ -348,8 +349,10 @@ def test_weights_are_a_copy_until_they_are_loaded_anew(b0, home, told):
         y = images(2, size, 1)
         assert largest(out(y), b0(y)) < 1e-4
     assert told == []
+    net.register_load_state_dict_pre_hook(lambda *args: out(x))  # as another thread may call meanwhile
     assert out.load_state_dict(out.state_dict()).missing_keys == []
     assert largest(out(x), 2 * before) < 1e-5
+    net._load_state_dict_pre_hooks.clear()
 
 
 def test_a_network_put_into_training_mode_is_refused(b0, home):
@@ -511,7 +514,7 @@ def test_after_four_sizes_the_nearest_decides(b0, home):
         out(images(1, (side, side), 1))
     kept = {path.name for path in home.iterdir()}
     assert len(kept) == 4
-    out.engine.measured = {(size[0], *size[1:]): "folded" if size[1] == 96 else "plain" for size in out.engine.measured}
+    out.engine.settled = {size: "folded" if size[1] == 96 else "plain" for size in out.engine.settled}
     for side, way in ((40, "plain"), (90, "folded"), (200, "folded")):
         x = images(1, (side, side), 1)
         assert largest(out(x), b0(x)) < 1e-4
@@ -598,13 +601,15 @@ def test_logits_agree_or_not():
 def test_commands_optimise_what_classifies_more_than_a_few_images(b0, home, capsys):
     from triscale.commands.running import FEW, EngineSpeed
 
-    few, many, plain = (EngineSpeed(engine=e).prepare(copy.deepcopy(b0)) for e in ("auto", "auto", "torch"))
-    x = images(FEW, (32, 32), 1)
+    few, many, plain = (EngineSpeed(engine=e).prepare(copy.deepcopy(b0), n) for e, n in (("auto", FEW), ("auto", FEW + 1), ("torch", 10**6)))
+    x = images(7, (32, 32), 1)
     assert torch.equal(few(x), plain(x))
     assert not home.exists()
-    assert torch.equal(many(x), plain(x))
-    assert largest(many(x[:7]), plain(x[:7])) < 1e-4
+    assert largest(many(x), plain(x)) < 1e-4
     assert len(list(home.iterdir())) == 1
+    assert few.used == plain.used == ["eager"]
+    assert len(many.used) == 1
+    assert many.used != ["eager"]
     assert capsys.readouterr().err == ""
 
 
@@ -699,6 +704,28 @@ def test_the_plain_path_is_told_once(b0, home, told):
     assert told == [f"optimize: {reason}; the network runs as it is" for reason in reasons]
 
 
+def test_pixels_for_a_network_in_another_type(b0, home, told):
+    pixels = (50 * images(2, (64, 64), 3) + 120).clamp(0, 255).to(torch.uint8)
+    net = copy.deepcopy(b0)
+    net.preprocess = ts.Preprocess(64)
+    expected = optimize(net, engine="torch")(pixels)
+    for change in (torch.float16, torch.float64):
+        for engine in ("auto", "torch"):
+            got = optimize(copy.deepcopy(net).to(change), engine=engine, tell=told.append)(pixels)
+            assert got.dtype == torch.float32
+            assert relative(got, expected) < (0.05 if change == torch.float16 else 1e-4)
+
+
+def test_what_overflows_in_the_network_itself_excuses_nothing():
+    """In float16 its logits are infinite, and anything would be within twice that."""
+    net, x = torch.nn.Linear(2, 2), torch.full((3, 2), 6e4)
+    net.weight.fill_(2.0)
+    expected = net(x)
+    assert not no_worse(torch.randn(3, 2), expected, net, x, torch.float16)
+    assert no_worse(torch.randn(3, 2) + expected / 1e4, expected / 1e4, net, x / 1e4, torch.float16) is False
+    assert no_worse(net(x / 1e4), net(x / 1e4), net, x / 1e4, torch.float16)
+
+
 def test_half_precision_on_a_cpu_and_pruned_weights_run_as_they_are(b0, home, told):
     x = images(1, (64, 64), 1)
     half = copy.deepcopy(b0).half()
@@ -775,12 +802,11 @@ def test_configurations_are_measured_once_and_kept(home, told, monkeypatch):
     measured = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of test")
     monkeypatch.setattr(gpu, "_seconds", lambda run: took[run()])
-    out_of = gpu.not_compiled()[1]
 
     def run(config):
         measured.append(config)
         if config in "bf":
-            raise out_of(300_000, 232_448, "shared memory")
+            raise RuntimeError("PassManager::run failed\nin full")
         return config
 
     def tune(n=1, configs="abcde"):
@@ -788,22 +814,30 @@ def test_configurations_are_measured_once_and_kept(home, told, monkeypatch):
 
     assert tune() == "c"
     assert sorted(measured[: gpu.TRIED]) == list("abcd")  # compiled at once, in any order
-    assert measured[gpu.TRIED :] == list("acd")  # and measured
+    assert measured[gpu.TRIED :] == list("acdc")  # measured, and run
     assert tune() == "c"
-    assert len(measured) == 7
+    assert measured[8:] == ["c"]
     assert tune(configs="a") == "a"  # nothing to choose
     assert tune(n=2) == "c"
     assert tune(configs="abde") == "e"  # "c" is none of them any more
-    assert len(measured) == 3 * 7
+    count = len(measured)
     assert tune(configs="abde") == "e"
-    assert len(measured) == 3 * 7
+    assert measured[count:] == ["e"]
     assert all("measuring kernels on GPU of test" in text for text in told)
-    with pytest.raises(out_of):
-        tune(n=3, configs="bf")
+    for configs in ("bf", "b", ""):
+        with pytest.raises(gpu.NoConfigurationError, match="PassManager::run failed$" if configs else "no way to cut it that fits"):
+            tune(n=3, configs=configs)
     tuner = gpu.Tuner(torch.device("cpu"), torch.bfloat16, told.append)
     tuner.measures = False
-    assert tuner("pointwise", {"n": 4}, lambda: list("abc"), run) == "a"  # the likely fastest, for now
+    measured.clear()
+    for _ in range(2):
+        assert tuner("pointwise", {"n": 4}, lambda: list("bac"), run) == "a"  # the likely fastest that runs, for now
+    assert measured == ["b", "a", "a"]
     assert tuner.found == {}
+    tuner.measures = True
+    assert tuner("pointwise", {"n": 4}, lambda: list("bac"), run) == "c"
+    monkeypatch.setattr(gpu, "_seconds", lambda run: (_ for _ in ()).throw(torch.OutOfMemoryError("too large")))
+    assert tuner("pointwise", {"n": 5}, lambda: list("bac"), run) == "a"  # no memory to measure: the likely fastest
 
 
 # The kernels, on a GPU or through Triton's interpreter.
@@ -839,17 +873,15 @@ if runs_here():
 
     @pytest.mark.gpu
     @pytest.mark.usefixtures("quick")
-    @pytest.mark.parametrize("fault", ["wrong", "raises", "doesn't compile"])
+    @pytest.mark.parametrize("fault", ["wrong", "raises"])
     def test_faults_of_the_kernels_are_told(home, told, monkeypatch, fault):
-        from triscale.inference import kernel_tuning
         from triscale.kernels import squeeze
 
-        right, refused = squeeze.squeeze, kernel_tuning.not_compiled()[1](300_000, 232_448, "shared memory")
-        errors = {"raises": RuntimeError("an illegal instruction"), "doesn't compile": refused}
+        right = squeeze.squeeze
 
         def broken(*args, **options):
-            if fault in errors:
-                raise errors[fault]
+            if fault == "raises":
+                raise RuntimeError("PassManager::run failed\nin full")
             return 3 * right(*args, **options)
 
         monkeypatch.setattr(squeeze, "squeeze", broken)
@@ -859,27 +891,23 @@ if runs_here():
         for _ in range(2):
             assert relative(out(x), net(x)) < 0.02
         said = [text for text in told if "measuring kernels" not in text]
-        if fault == "doesn't compile":  # all else goes on
+        if fault == "raises":  # all else goes on
             assert out.engine.used == ("kernels float16",)
             assert said
-            assert all("the kernel 'squeeze' doesn't compile here for n 1, parts" in text for text in said)
+            assert all("the kernel 'squeeze' doesn't run here for n 1, parts" in text for text in said)
+            assert all(text.endswith("torch computes such steps (PassManager::run failed)") for text in said)
         else:
             assert out.engine.used == ("plain",)
-            why = {
-                "wrong": "in float16 the kernels give other logits than the network",
-                "raises": "the kernels don't run here (an illegal instruction)",
-            }
-            assert said == [f"optimize: {why[fault]}; the network runs as it is"]
+            assert said == ["optimize: in float16 the kernels give other logits than the network; the network runs as it is"]
 
     @pytest.mark.gpu
     @pytest.mark.usefixtures("quick")
     def test_without_a_single_kernel_of_the_kernels_the_engine_still_computes(home, told, monkeypatch):
         """Each step by torch, from pixels: its types and layouts are the kernels'."""
-        from triscale.inference import kernel_tuning
         from triscale.kernels import depthwise, pointwise, squeeze, stem
 
         def refuse(*args, **options):
-            raise kernel_tuning.not_compiled()[1](300_000, 232_448, "shared memory")
+            raise RuntimeError("out of resources")
 
         for module, name in ((depthwise, "depthwise"), (pointwise, "pointwise"), (squeeze, "squeeze"), (stem, "stem")):
             monkeypatch.setattr(module, name, refuse)
@@ -922,4 +950,4 @@ else:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "gpu"]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
-        assert "8 passed" in run.stdout
+        assert "7 passed" in run.stdout

@@ -64,9 +64,11 @@ BAD = [
         {"bias": torch.zeros(2, 3)[:, 1]},
         "bias to be (2,) bfloat16 or float16 or float32 or float64 and contiguous, found (2,) float32, strided",
     ),
-    ("depthwise", {"stride": 0}, "stride 1 or 2 and padding of at least 0, found 0"),
+    ("depthwise", {"stride": 0}, "stride 1 or 2 and four paddings of at least 0, found 0"),
     ("depthwise", {"stride": 3}, "stride 1 or 2"),
-    ("depthwise", {"pad": (1, -1, 0, 0)}, "padding of at least 0"),
+    ("depthwise", {"pad": (1, -1, 0, 0)}, "four paddings of at least 0"),
+    ("depthwise", {"pad": (1, 1)}, "four paddings of at least 0, found 1 and (1, 1)"),
+    ("stem", {"pad": [1, 1]}, "four paddings of at least 0"),
     ("depthwise", {"pad": (0, 0, 0, 0), "x": torch.zeros(1, 1, 4, 2, dtype=BF16)}, "a 3x3 kernel finds no place in 1x4 padded by (0, 0, 0, 0)"),
     ("stem", {"x": torch.zeros(1, 4, 4, 3)}, "x to be (N, H, W, 3) uint8 or bfloat16 or float16"),
     ("stem", {"x": torch.zeros(4, 4, 3, dtype=BF16)}, "x to be (N, H, W, 3)"),
@@ -148,3 +150,44 @@ def test_the_launch_itself_lies_within(monkeypatch, kernel):
     name, count = launched[0][1]
     assert name == kernel
     assert count >= operands
+
+
+def chosen(monkeypatch, kernel, **changes):
+    """What the launcher chooses by itself, as its kernel's options say."""
+    options = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **given: options.update(given, grid=grid)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(module(kernel), f"{kernel}_kernel", Kernel())
+    launch(kernel, **changes)
+    return options
+
+
+@pytest.mark.parametrize("kernel", ["pointwise", "squeeze"])
+def test_a_gpu_with_less_shared_memory_gets_what_fits(monkeypatch, kernel):
+    large = {
+        "pointwise": {"x": torch.zeros(1, 64, 64, 512, dtype=BF16), "weight": torch.zeros(512, 512, dtype=BF16), "bias": torch.zeros(512)}
+        | {"gate": None, "residual": None},
+        "squeeze": {"sums": torch.zeros(1, 28, 1152), "w1": torch.zeros(48, 1152), "b1": torch.zeros(48), "w2": torch.zeros(1152, 48)}
+        | {"b2": torch.zeros(1152)},
+    }[kernel]
+    before = chosen(monkeypatch, kernel, **large)
+    monkeypatch.setattr(module(kernel), "shared_memory", lambda device: 48 * 1024)
+    assert chosen(monkeypatch, kernel, **large) != before
+
+
+def test_pooling_has_a_choice_of_its_own(monkeypatch):
+    """Few parts of the sums, where tiles alone are best small."""
+    x = {"x": torch.zeros(1, 112, 112, 32, dtype=BF16), "weight": torch.zeros(3, 3, 32), "bias": torch.zeros(32)}
+    alone, pooled = (chosen(monkeypatch, "depthwise", **x, pool=pool)["grid"] for pool in (False, True))
+    assert alone > pooled
+
+
+def test_more_squeezed_channels_than_fit_are_named(monkeypatch):
+    many = {"w1": torch.zeros(20_000, 8), "b1": torch.zeros(20_000), "w2": torch.zeros(8, 20_000)}
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="squeeze: 20000 squeezed channels need more shared memory than this GPU has"):
+        launch("squeeze", **many)

@@ -143,7 +143,7 @@ def test_model_file_round_trip(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["m.safetensors"]
 
 
-@pytest.mark.parametrize("change", ["missing", "left over", "wrong shape", "no metadata", "arch", "classes", "format"])
+@pytest.mark.parametrize("change", ["missing", "left over", "wrong shape", "no metadata", "arch", "classes", "format", "recursion"])
 def test_a_model_file_that_does_not_fit_is_refused_by_name(tmp_path, change):
     path = tmp_path / "m.safetensors"
     net, card = ts.build(SMALL, 3), ModelCard(SMALL, ts.Preprocess(16, 0), ("a", "b", "c"))
@@ -161,7 +161,8 @@ def test_a_model_file_that_does_not_fit_is_refused_by_name(tmp_path, change):
         meta["classes"] = []
     elif change == "format":
         meta["format"] = 2
-    save_file(tensors, path, metadata=None if change == "no metadata" else {"triscale": json.dumps(meta)})
+    text = "[" * 100_000 if change == "recursion" else json.dumps(meta)
+    save_file(tensors, path, metadata=None if change == "no metadata" else {"triscale": text})
     words = {"missing": "1 missing: classifier.bias", "arch": "stride", "format": "format", "classes": "class names"}
     with pytest.raises(ModelFileError, match=words.get(change, change.split()[0])) as error:
         load_model(path)

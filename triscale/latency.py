@@ -6,6 +6,7 @@ is shared; mean and spread are given beside it.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -42,7 +43,7 @@ class Timing:
     def percentile(self, p: float) -> float:
         """The run below which p percent lie (nearest rank)."""
         ordered = sorted(self.runs)
-        return ordered[min(len(ordered) - 1, max(0, round(p / 100 * len(ordered) + 0.5) - 1))]
+        return ordered[max(0, math.ceil(p / 100 * len(ordered)) - 1)]
 
 
 def set_threads(count: int | None) -> None:

@@ -118,7 +118,7 @@ def _shared_work(images: Truth, net: ConvNet, preprocess: Preprocess, speed: Eng
     """The work of all processes, in each of them."""
     from triscale.evaluate import gather
 
-    parts = gather(_work(images, speed.prepare(net, share[1]), preprocess, net.num_classes, speed, share))
+    parts = gather(_work(images, speed.prepare(net, len(images.names), share[1]), preprocess, net.num_classes, speed, share))
     scores = reduce(lambda a, b: a.merge(b), (part.scores for part in parts))
     failures = {number: reason for part in parts for number, reason in part.failures.items()}
     computed = list(dict.fromkeys(way for part in parts for way in part.computed))

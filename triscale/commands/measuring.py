@@ -67,9 +67,8 @@ def bench(
         rate = f"{macs * batch / t.median / 1e9:.1f}"
         rows.append((name, f"{archs[name].resolution}", short(macs), *seconds, rate, f"{t.median / base:.2f}"))
     where = f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
-    fast = fast and not any(isinstance(net.engine, str) for net in nets.values())  # nothing faster here
-    ways = sorted({way for net in nets.values() if not isinstance(net.engine, str) for way in net.engine.used})
-    how = f"optimised ({', '.join(ways)})" if fast else "eager, channels-last, float32"
+    ways = sorted({way for net in nets.values() for way in (["eager"] if isinstance(net.engine, str) else net.engine.used)})
+    how = "eager, channels-last, float32" if ways == ["eager"] else f"optimised ({', '.join(ways)})"
     print(f"batch {batch}, {where}, {runs} runs in turn, torch {torch.__version__}, {how}, in ms")
     print(aligned(("network", "px", "MACs", "mean", "sd", "median", "fastest", "GMAC/s", f"/ {reference}"), rows))
     if {"resnet152", "efficientnet_b1"} <= set(archs):

@@ -57,7 +57,7 @@ def predict(
     net, card = network.open("predict", network.weights)
     if net.num_classes != len(card.classes):
         raise ValueError(f"{network.weights}: has no classifier; weights for transfer can't name classes")
-    logits_of = speed.prepare(net)
+    logits_of = speed.prepare(net, len(paths))
     failures = 0
     with _output(out) as stream, progress("classifying", len(paths)) as tick:
         write, finish = _writer("json" if json else "csv" if csv else "table", stream)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -174,54 +173,50 @@ class EngineSpeed(Speed):
     """How a classifier does its work; rounding is bfloat16's with `engine` auto on a GPU."""
 
     engine: Literal["auto", "torch"] = "auto"
-    """auto: after 64 images what is fastest here: on an NVIDIA GPU kernels of our own in bfloat16, on a CPU the same float32 arithmetic in
-    fewer steps. torch: the network as it is."""
+    """auto: for more than 64 images what is fastest here: on an NVIDIA GPU kernels of our own in bfloat16, on a CPU the same float32
+    arithmetic in fewer steps. torch: the network as it is."""
 
-    def prepare(self, net: ConvNet, world: int = 1) -> Forward:
-        """Sets the threads; the network on the device. world: processes that share the work."""
+    def prepare(self, net: ConvNet, images: int, world: int = 1) -> Forward:
+        """Sets the threads; the network on the device. images: to come. world: processes that share the work."""
         import torch
 
         from triscale.latency import set_threads
 
         set_threads(self.threads)
         device = available(self.device, world)
-        return Forward(net.to(device).eval().to(memory_format=torch.channels_last), device, self.batch, fast=self.engine == "auto")
+        return Forward(net.to(device).eval().to(memory_format=torch.channels_last), device, self, images)
 
 
-FEW = 64  # images that are classified before time is taken to measure how to do it faster: half a second on a CPU, a minute or two on a GPU
+FEW, MANY = 64, 100_000  # images for which half a second of measuring doesn't pay (on a GPU half a minute of compiling); and minutes do
 
 
 class Forward:
-    """A network in evaluation mode as a function of batches on the CPU, optimised once it has seen more than FEW images.
+    """A network in evaluation mode as a function of batches on the CPU: optimised where more than FEW images are to come, the same
+    way for all of them. Several threads may call it."""
 
-    fast: False for the network as it is. Several threads may call it. batch: the largest to come.
-    """
+    def __init__(self, net: ConvNet, device: str, speed: EngineSpeed, images: int) -> None:
+        from triscale.inference import optimize
 
-    def __init__(self, net: ConvNet, device: str, batch: int, *, fast: bool) -> None:
-        self.net, self.device, self.batch, self.fast = net, device, batch, fast
+        self.net, self.device, self.batch = net, device, speed.batch
         self.optimised: Optimized | None = None
-        self.seen, self.lock = 0, threading.Lock()
+        if speed.engine == "auto" and images > FEW:
+            precision: Literal["float32"] | None = None if device.startswith("cuda") else "float32"
+            self.optimised = optimize(net, precision=precision, measure=images > MANY, tell=notices("triscale"))
 
     @property
     def used(self) -> list[str]:
         """How it has computed so far."""
         engine = self.optimised.engine if self.optimised else None
-        return ["eager", *(engine.used if engine and not isinstance(engine, str) else ())]
+        return list(engine.used) if engine and not isinstance(engine, str) else ["eager"]
 
     def __call__(self, x: Tensor) -> Tensor:
         import torch
 
-        from triscale.inference import optimize
-
         n = len(x)
         x = x.to(self.device, memory_format=torch.channels_last)
-        with self.lock:
-            self.seen += n
-            if self.fast and self.optimised is None and self.seen > FEW:
-                self.optimised = optimize(self.net, precision=None if x.is_cuda else "float32", tell=notices("triscale"))
         if self.optimised is None:
             return self.net(x).float().cpu()
-        if x.is_cuda and n < self.batch:  # a last batch is filled up: another shape would be measured, for a minute
+        if x.is_cuda and n < self.batch:  # a last batch is filled up: another shape would be compiled
             x = x.repeat(-(-self.batch // n), 1, 1, 1)[: self.batch]
         return self.optimised(x)[:n].float().cpu()
 

@@ -40,4 +40,5 @@ def no_worse(logits: Tensor, expected: Tensor, net: nn.Module, x: Tensor, dtype:
     """Whether logits, computed in `dtype` from x, are off by no more than OWN times what `net` itself is in `dtype` (relative L2)."""
     own = cast(Tensor, copy.deepcopy(net).to(dtype)(x.to(dtype))).float()
     rows = comparable(expected)
-    return bool((logits[rows] - expected[rows]).norm() <= OWN * (own[rows] - expected[rows]).norm())
+    error = (own[rows] - expected[rows]).norm()  # not finite where the network itself overflows
+    return bool(error.isfinite()) and bool((logits[rows] - expected[rows]).norm() <= OWN * error)

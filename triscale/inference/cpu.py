@@ -35,6 +35,7 @@ Way = Callable[[Tensor], Tensor]
 Kind = Literal["plain", "compiled", "onednn fused", "onednn", "folded"]
 Size = tuple[int, ...]  # threads, H, W; with `compiled` among the ways threads, N, C, H, W
 ROUNDING = 10  # times the network's own
+SAMPLE = 4  # images of a first batch, by which the choice is made
 SIZES = 4  # of images that are measured; others go the way of the measured one nearest in area
 IN_BFLOAT16 = "optimize: computes in bfloat16, the faster arithmetic here, which changes logits by a hundredth or so; precision='float32' doesn't"
 
@@ -60,8 +61,9 @@ class CPU:
     """Computes `net`, in evaluation mode, the fastest way: (N, C, H, W) float32 -> logits float32.
 
     net: nobody else's, as what is measured must not change. dtypes: float32, bfloat16, or both, of which the likely faster comes
-    first. A size of image is measured when it first comes (0.5 s, or as long as four batches take) or known from the cache; other
-    batches of it go the same way. compile: `compiled` is tried too, then for each shape. Several threads may call at once.
+    first. A size of image is measured when it first comes, on SAMPLE of them (0.5 s, or as long as they take six times), or known
+    from the cache; other batches of it go the same way. compile: `compiled` is tried too, then for each shape. Several threads may
+    call at once.
     """
 
     takes_pixels = False
@@ -73,7 +75,7 @@ class CPU:
         self.plain = plain_kinds(self._steps(self.dtypes[0]))
         self.choices = Choices(tell)
         self.chosen: dict[Size, str] = {}
-        self.measured: dict[Size, str] = {}  # of chosen
+        self.settled: dict[Size, str] = {}  # of chosen, those that were measured or known
         self.ways: dict[str, Way] = {}
         self.sound, self.wrong = set[str](), set[str]()  # ways whose logits were compared with the network's
         self.lock = threading.Lock()
@@ -92,20 +94,24 @@ class CPU:
         return tuple(sorted(set(self.chosen.values())))
 
     def _choose(self, size: Size, x: Tensor) -> str:
+        if (name := self._nearest(size)) is not None:
+            self.chosen[size] = name
+            return name
+        x = x if self.compile else x[:SAMPLE]
         expected = self._compute("plain", x)  # what it raises is the user's to see
         if not bool(comparable(expected).any()):
             return "plain"  # nothing to hold a way to; the next batch decides
         if len(self.dtypes) > 1 and not self.sound | self.wrong:
             self._settle_arithmetic(x, expected)
-        name = self._nearest(size) or self._known(x, expected) or self._fastest(size, x, expected)
-        kept = {"plain", name, *self.chosen.values()}
+        name = self._known(x, expected) or self._fastest(x, expected)
+        self.chosen[size] = self.settled[size] = name
+        kept = {"plain", *self.chosen.values()}
         self.ways = {key: way for key, way in self.ways.items() if key in kept}  # the others' packed weights go
         self.lowered.clear()
         if self._forms()[name].dtype == torch.bfloat16 != self.given and torch.float32 in self.dtypes:
             self.tell(IN_BFLOAT16)
         elif name == "plain" and self.given != torch.bfloat16 and torch.float32 not in self.dtypes:
             self.tell(f"optimize: bfloat16 is no faster than float32 for images of {x.shape[2]}x{x.shape[3]} here; they run in float32")
-        self.chosen[size] = name
         return name
 
     def _settle_arithmetic(self, x: Tensor, expected: Tensor) -> None:
@@ -117,8 +123,8 @@ class CPU:
             self.tell("optimize: bfloat16 gives other logits than the network and is left out")
 
     def _nearest(self, size: Size) -> str | None:
-        """The way of the measured size that is nearest in area, with as many threads, once there are enough of these."""
-        alike = {other: name for other, name in self.measured.items() if other[0] == size[0]}
+        """The way of the size that is nearest in area, with as many threads, once enough of these are settled."""
+        alike = {other: name for other, name in self.settled.items() if other[0] == size[0]}
         if self.compile or len(alike) < SIZES:
             return None
         return alike[min(alike, key=lambda other: abs(math.log(other[-2] * other[-1] / (size[-2] * size[-1]))))]
@@ -128,7 +134,7 @@ class CPU:
         name = self.choices.get(self._question(x))
         return name if name in self._forms() and (name in self.sound or self._holds(name, x, expected)) else None
 
-    def _fastest(self, size: Size, x: Tensor, expected: Tensor) -> str:
+    def _fastest(self, x: Tensor, expected: Tensor) -> str:
         forms = self._forms()
         slow = [name for name, form in forms.items() if form.kind == "compiled"]
         for name in slow:
@@ -136,7 +142,6 @@ class CPU:
         calls = {name: partial(self._compute, name, x) for name in forms}
         seconds = measure(calls, lambda name: self._holds(name, x, expected), least=2 + len(slow))
         name = min(seconds, key=seconds.__getitem__)
-        self.measured[size] = name
         if not self.wrong:  # what is wrong here may be right for other images or weights
             self.choices.put(self._question(x), name, seconds)
         return name
@@ -160,7 +165,7 @@ class CPU:
 
     def _holds(self, name: str, x: Tensor, expected: Tensor) -> bool:
         """Whether the way runs and its logits are the network's; told where not."""
-        logits = None if name in self.wrong else self._run(name, x)
+        logits = None if name in self.wrong else expected if name == "plain" else self._run(name, x)
         if logits is None:
             return False
         dtype = self._forms()[name].dtype

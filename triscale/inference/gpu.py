@@ -20,7 +20,7 @@ from torch import Tensor
 from triscale.inference.agreement import agree, comparable, no_worse
 from triscale.inference.executor import execute
 from triscale.inference.kernel_steps import Triton
-from triscale.inference.kernel_tuning import Tuner
+from triscale.inference.kernel_tuning import Tuner, first_line
 from triscale.inference.lowering import lower, plain_kinds
 from triscale.inference.notices import Tell
 from triscale.inference.steps import Plain
@@ -45,8 +45,8 @@ class GPU:
     """Computes `net`, in evaluation mode: (N, C, H, W) float, or uint8 pixels, -> logits float32. dtype: bfloat16 or float16.
 
     net: nobody else's. pixels: mean and std of uint8 pixels. asked: the user wants this dtype, so the network's own error in it
-    passes. Several threads and streams may call at once; their work is done in turn. Within a capture of the caller's nothing is
-    measured or compared.
+    passes. measure: False for likely configurations, where no better are known. Several threads and streams may call at once; their
+    work is done in turn. Within a capture of the caller's nothing is measured or compared.
     """
 
     def __init__(
@@ -57,10 +57,11 @@ class GPU:
         pixels: tuple[Sequence[float], Sequence[float]] | None = None,
         *,
         asked: bool = False,
+        measure: bool = True,
     ) -> None:
         weight = next(net.parameters())
         self.net, self.dtype, self.tell, self.given, self.device = net, dtype, tell, weight.dtype, weight.device
-        self.asked = asked
+        self.asked, self.measure = asked, measure
         self.steps = lower(net, dtype)
         self.plain = plain_kinds(self.steps)
         self.used: tuple[str, ...] = (f"kernels {str(dtype).removeprefix('torch.')}",)
@@ -69,10 +70,11 @@ class GPU:
         self.engine = Triton(Tuner(self.device, dtype, tell), self.mean, 1 / std)
         self.capturable = all(_ours(step) for step in self.steps)
         self.failed = False
-        self.seen: set[tuple[object, ...]] = set()
+        self.seen, self.too_large = set[tuple[object, ...]](), set[tuple[object, ...]]()
         self.graphs: OrderedDict[tuple[object, ...], Captured] = OrderedDict()
         self.lock = threading.Lock()
         self.done: torch.cuda.Event | None = None
+        self.streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None  # to warm up and to capture on
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.failed:
@@ -85,6 +87,8 @@ class GPU:
             return self._replayed(x)
 
     def _replayed(self, x: Tensor) -> Tensor:
+        if self.failed:  # while this call waited
+            return self._by_network(x)
         stream = torch.cuda.current_stream()
         if self.done is not None:
             stream.wait_event(self.done)  # another stream may still work in the graphs' memory
@@ -93,9 +97,16 @@ class GPU:
                 out = self._first(x)
             if self.failed or not self.capturable:
                 return out
-        if not self.capturable:
+        if not self.capturable or self._key(x) in self.too_large:
             return self._run(x)
-        captured = self._captured(x)
+        try:
+            captured = self._captured(x)
+        except torch.OutOfMemoryError:
+            self.graphs.clear()
+            self.too_large.add(self._key(x))
+            torch.cuda.empty_cache()
+            self.tell(f"optimize: no memory for a CUDA graph of {tuple(x.shape)}; such batches run without one")
+            return self._run(x)
         captured.x.copy_(x)
         captured.graph.replay()
         out = captured.out.clone()
@@ -104,13 +115,15 @@ class GPU:
 
     def _first(self, x: Tensor) -> Tensor:
         """A shape's first batch: compiles, measures, and compares with the network, which runs from now on if they differ."""
-        self.engine.tune.measures = len(self.seen) < SHAPES
+        self.engine.tune.measures = self.measure and len(self.seen) < SHAPES
         try:
             out = self._run(x)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, Warning):
             raise
         except Exception as error:  # of Triton, its compiler or the driver, of many kinds
-            return self._give_up(x, f"the kernels don't run here ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
+            return self._give_up(x, f"the kernels don't run here ({first_line(error)})")
+        finally:
+            self.engine.tune.measures = False
         expected = self._by_network(x[:COMPARED])
         if not self._holds(out[:COMPARED], expected, x[:COMPARED]):
             return self._give_up(x, f"in {str(self.dtype).removeprefix('torch.')} the kernels give other logits than the network")
@@ -151,15 +164,17 @@ class GPU:
         with _CAPTURES, torch.inference_mode(False), torch.no_grad():
             static = torch.empty_like(x, dtype=torch.uint8 if x.dtype == torch.uint8 else self.dtype, memory_format=torch.channels_last)
             static.copy_(x)
-            # Of this device, where torch's own is of whichever came first; cuBLAS and cuDNN take their workspaces by stream.
-            side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            # Of this device, where torch's own is of whichever came first. The same for all shapes, or their graphs couldn't share a
+            # pool; and another than the one to warm up on, or cuBLAS's workspace would lie outside it, for others to free.
+            self.streams = self.streams or (torch.cuda.Stream(self.device), torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+            side, own = self.streams
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._run(static)
             torch.cuda.current_stream().wait_stream(side)
             pool = next((captured.graph.pool() for captured in self.graphs.values()), None)  # a pool lives as long as a graph has it
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=own, capture_error_mode="thread_local"):
                 out = self._run(static)
         self.graphs[key] = Captured(graph, static, out)
         return self.graphs[key]

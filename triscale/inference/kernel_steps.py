@@ -10,31 +10,32 @@ import torch
 from torch import Tensor
 
 from triscale.inference.executor import Torch
-from triscale.inference.kernel_tuning import Tuner, not_compiled
+from triscale.inference.kernel_tuning import NoConfigurationError, Tuner
 from triscale.inference.steps import Depthwise, Expand, Head, Project, Squeeze, Stem
 
 T = TypeVar("T")
 
 
 class Triton(Torch):
-    """Each step by its kernel; where that doesn't compile, in plain torch, which is told. Tensors between steps are (N, C, H, W)
-    views of (N, H, W, C) ones."""
+    """Each step by its kernel; where that doesn't run, in plain torch, which is told. Tensors between steps are (N, C, H, W) views
+    of (N, H, W, C) ones."""
 
     def __init__(self, tune: Tuner, mean: Tensor, inv_std: Tensor) -> None:
         """mean, inv_std: (3,) float32, of uint8 pixels."""
         self.tune, self.mean, self.inv_std = tune, mean, inv_std
-        self.refused = set[str]()  # what didn't compile, and isn't tried again
+        self.as_is = torch.zeros_like(mean), torch.ones_like(inv_std)  # of images that are normalised already
+        self.refused = set[str]()  # what doesn't run, and isn't tried again
 
     def _by(self, kernel: str, sizes: Mapping[str, Any], configs: Callable[[], Sequence[Any]], run: Callable[[Any], T], plain: Callable[[], T]) -> T:
         key = f"{kernel} {sizes}"
         if key in self.refused:
             return plain()
         try:
-            return run(self.tune(kernel, sizes, configs, run))
-        except not_compiled() as error:
+            return self.tune(kernel, sizes, configs, run)
+        except NoConfigurationError as error:
             self.refused.add(key)
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.tune.tell(f"optimize: the kernel '{kernel}' doesn't compile here for {_listed(sizes)}; torch computes such steps ({why})")
+            listed = ", ".join(f"{name} {value}" for name, value in sizes.items())
+            self.tune.tell(f"optimize: the kernel '{kernel}' doesn't run here for {listed}; torch computes such steps ({error})")
             return plain()
 
     def stem(self, step: Stem, x: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class Triton(Torch):
         if channels != 3:
             return super().stem(step, x)
         as_is = x.is_floating_point()  # normalised already
-        mean, inv_std = (torch.zeros_like(self.mean), torch.ones_like(self.inv_std)) if as_is else (self.mean, self.inv_std)
+        mean, inv_std = self.as_is if as_is else (self.mean, self.inv_std)
         window, rows = step.window, _nhwc(x)
 
         def run(config: Any) -> Tensor:
@@ -136,7 +137,3 @@ def _nhwc(x: Tensor) -> Tensor:
 
 def _nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
-
-
-def _listed(sizes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sizes.items())

@@ -47,10 +47,10 @@ class Optimized(nn.Module):
     num_classes, preprocess, stages, ...) is the network's own.
     """
 
-    def __init__(self, net: ConvNet, engine: Engine, precision: Precision | None, compile: bool, tell: Tell) -> None:
+    def __init__(self, net: ConvNet, engine: Engine, precision: Precision | None, compile: bool, measure: bool, tell: Tell) -> None:
         super().__init__()
         self.net = net
-        self._wanted, self._precision, self._compile, self._tell = engine, precision, compile, Once(tell)
+        self._wanted, self._precision, self._compile, self._measure, self._tell = engine, precision, compile, measure, Once(tell)
         self._engine: Compute | str | None = None
         self.training = False
 
@@ -68,15 +68,14 @@ class Optimized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        engine = self.engine
-        if x.dtype == torch.uint8 and (isinstance(engine, str) or not engine.takes_pixels):
+        engine, pixels = self.engine, x.dtype == torch.uint8
+        if pixels and (isinstance(engine, str) or not engine.takes_pixels):
             x = self._normalised(x)
         reason = engine if isinstance(engine, str) else "" if self._wanted == "torch" else _reason(x)
-        if isinstance(engine, str) or reason:
-            self._tell(f"optimize: {reason}; the network runs as it is")
-            return cast(Tensor, self.net(x))
-        if self._wanted == "torch":
-            return engine(x)
+        if isinstance(engine, str) or reason or self._wanted == "torch":
+            if reason:
+                self._tell(f"optimize: {reason}; the network runs as it is")
+            return cast(Tensor, self.net(x.to(next(self.net.parameters()).dtype)).float() if pixels else self.net(x))
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return engine(x).to(x.dtype if x.is_floating_point() else torch.float32)
 
@@ -119,7 +118,7 @@ class Optimized(nn.Module):
                 return "the kernels compute in bfloat16 or float16, and float32 was asked for"
             if wanted is None:
                 tell(IN_BFLOAT16)
-            return GPU(copied, wanted or torch.bfloat16, tell, self._pixels(), asked=wanted is not None)
+            return GPU(copied, wanted or torch.bfloat16, tell, self._pixels(), asked=wanted is not None, measure=self._measure)
         if weight.device.type != "cpu":
             return f"{weight.device.type} has no faster way"
         return self._on_cpu(copied, wanted)
@@ -142,12 +141,16 @@ class Optimized(nn.Module):
         return super().train(mode)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        self._engine = None
-        return super().load_state_dict(*args, **options)
+        try:
+            return super().load_state_dict(*args, **options)
+        finally:  # not before: another thread may call meanwhile
+            self._engine = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Optimized:
-        self._engine = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        try:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._engine = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -200,6 +203,7 @@ def optimize(
     engine: Engine = "auto",
     precision: Precision | None = None,
     compile: bool = False,
+    measure: bool = True,
     tell: Tell = warn,
 ) -> Optimized:
     """A built network in evaluation mode -> a module that computes the same logits faster where the network's weights are.
@@ -212,15 +216,16 @@ def optimize(
     shape: (N, C, H, W) of the images to come, to be measured now, not at the first call. engine: `torch` for the network as it is,
     `triton` for the kernels or an error. precision: bfloat16 (on a CPU only where the processor has it), float16 (GPU), or
     float32: on a CPU logits within 1e-4, on a GPU the network as it is. compile: on a CPU, torch.compile is tried too, which takes
-    a quarter of a minute or more each time. tell: what is called with notices; a warning unless given. Raises ValueError for what
-    `triscale.build` didn't make and in training mode.
+    a quarter of a minute or more each time. measure: False on a GPU for the kernels' likely fastest configurations where none is
+    kept from before, without the minute or two that measuring takes. tell: what is called with notices; a warning unless given.
+    Raises ValueError for what `triscale.build` didn't make and in training mode.
     """
     for name, value, known in (("engine", engine, get_args(Engine)), ("precision", precision or "float32", get_args(Precision))):
         if value not in known:
             raise unknown(f"optimize: {name}", value, known)
     if engine == "torch" and precision is not None:
         raise ValueError(f"optimize: precision {precision!r} goes with the engines auto and triton; torch runs the network as it is")
-    out = Optimized(check(net.net if isinstance(net, Optimized) else net), engine, precision, compile, tell)
+    out = Optimized(check(net.net if isinstance(net, Optimized) else net), engine, precision, compile, measure, tell)
     _ = out.engine  # what is wrong shows now
     if shape is not None:
         weight = next(out.net.parameters())

@@ -213,8 +213,9 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor, stride: int, pad: Pad, act: 
     size, height, width = sizes["K"], sizes["H"], sizes["W"]
     if size not in SIZES:
         raise ValueError(f"depthwise: expected a kernel of at most {SIZES[-1]}x{SIZES[-1]}, found {size}x{size}")
-    if stride not in (1, 2) or min(pad) < 0:
-        raise ValueError(f"depthwise: expected stride 1 or 2 and padding of at least 0, found {stride} and {pad}")
+    if stride not in (1, 2) or len(pad) != 4 or min(pad) < 0:
+        raise ValueError(f"depthwise: expected stride 1 or 2 and four paddings of at least 0, found {stride} and {pad}")
+    pad = tuple(pad)  # type: ignore[assignment] # a list can't be looked up
     shape = Shape(sizes["N"], height, width, sizes["C"], size, stride, pad)
     if min(shape.out_height, shape.out_width) < 1:
         raise ValueError(f"depthwise: a {size}x{size} kernel finds no place in {height}x{width} padded by {pad}")

@@ -89,13 +89,16 @@ def spills(c: PointwiseConfig, cin: int, *, gated: bool, residual: bool) -> bool
     """Whether a thread's 255 registers don't suffice for it on sm_90, as compiled by Triton 3.6 and 3.9.
 
     Gates and residuals come on top of the outputs; and gates by row come with as many addresses as x has, where channels that
-    are odd or no multiple of 8 make loads narrow: each takes registers of its own.
+    are odd or no multiple of 8 make loads narrow: each takes registers of its own. With a single gate an image that is so for odd
+    channels alone.
     """
     outputs, loaded = (c.block_m * side // (32 * c.warps) for side in (c.block_o, c.block_k))
     if (gated or residual) and c.block_m * c.block_o > 128 * 128:
         return True
-    if not gated or c.by_image or cin % 8 == 0:
+    if not gated or cin % 8 == 0:
         return False
+    if c.by_image:
+        return cin % 2 == 1 and outputs >= 32
     return loaded > 32 or (cin % 2 == 1 and (loaded > 16 or outputs > 32))
 
 

@@ -92,7 +92,8 @@ def squeeze_kernel(
 def configs(images: int, parts: int, channels: int, squeezed: int, *, shared: int = SHARED) -> tuple[SqueezeConfig, ...]:
     """Ways to cut the two layers, 32 weights a thread at a time; more warps come first where multiprocessors would be idle.
 
-    shared: bytes that a program may have on this GPU; 27 KiB are enough for one of them up to 1024 squeezed channels.
+    shared: bytes that a program may have on this GPU; 27 KiB are enough for one of them up to 1024 squeezed channels; above 4096
+    of these 99 KiB are not, and there is none.
     """
     rows = triton.next_power_of_2(squeezed)
     warps = (16, 8, 4) if images <= MULTIPROCESSORS else (8, 4, 16)
@@ -122,12 +123,15 @@ def squeeze(
     n, parts, channels, squeezed = (sizes[letter] for letter in "NTCR")
     if places < 1:
         raise ValueError(f"squeeze: expected sums over at least 1 place an image, found {places}")
-    c = config or configs(n, parts, channels, squeezed, shared=shared_memory(sums.device))[0]
+    ways = (config,) if config else configs(n, parts, channels, squeezed, shared=shared_memory(sums.device))
+    if not ways:
+        raise ValueError(f"squeeze: {squeezed} squeezed channels need more shared memory than this GPU has")
+    c = ways[0]
     gate = torch.empty((n, channels), dtype=torch.float32, device=sums.device)
     if n:
         constants = _constants(parts, channels, squeezed, act, c)
         with on("squeeze", sums, w1, b1, w2, b2):
-            squeeze_kernel[(n,)](sums, w1, b1, w2, b2, gate, parts, places, **constants, num_warps=c.warps, enable_fp_fusion=True)
+            squeeze_kernel[(n,)](sums, w1, b1, w2, b2, gate, parts, places, **constants, num_warps=c.warps, num_stages=1, enable_fp_fusion=True)
     return gate
 
 

@@ -145,8 +145,8 @@ def stem(
     operands = {"x": (x, "NHW3", (torch.uint8, *HALF)), "weight": (weight, "KK3C", FLOATS), "bias": (bias, "C", FLOATS)}
     sizes = check("stem", {**operands, "mean": (mean, "3", SINGLE), "inv_std": (inv_std, "3", SINGLE)}, act)
     n, height, width, size, channels = (sizes[letter] for letter in "NHWKC")
-    if stride not in (1, 2) or min(pad) < 0:
-        raise ValueError(f"stem: expected stride 1 or 2 and padding of at least 0, found {stride} and {pad}")
+    if stride not in (1, 2) or len(pad) != 4 or min(pad) < 0:
+        raise ValueError(f"stem: expected stride 1 or 2 and four paddings of at least 0, found {stride} and {pad}")
     out_height, out_width = ((side + before + after - size) // stride + 1 for side, before, after in ((height, *pad[:2]), (width, *pad[2:])))
     if min(out_height, out_width) < 1:
         raise ValueError(f"stem: a {size}x{size} kernel finds no place in {height}x{width} padded by {pad}")

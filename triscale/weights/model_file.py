@@ -124,7 +124,7 @@ def read_state(path: str | os.PathLike[str], noun: str, read: Callable[[Mapping[
         raise ModelFileError(f"{path}: not a {noun} file ({first_line(error)})") from None
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelFileError(f"{path}: its metadata make no {noun} ({first_line(error)})") from None
     return net.eval(), card
 
