@@ -173,7 +173,7 @@ class EngineSpeed(Speed):
     """How a classifier does its work; rounding is bfloat16's with `engine` auto on a GPU."""
 
     engine: Literal["auto", "torch"] = "auto"
-    """auto: for more than 64 images what is fastest here: on an NVIDIA GPU kernels of our own in bfloat16, on a CPU the same float32
+    """auto: for more than 200 images what is fastest here: on an NVIDIA GPU kernels of our own in bfloat16, on a CPU the same float32
     arithmetic in fewer steps. torch: the network as it is."""
 
     def prepare(self, net: ConvNet, images: int, world: int = 1) -> Forward:
@@ -187,7 +187,7 @@ class EngineSpeed(Speed):
         return Forward(net.to(device).eval().to(memory_format=torch.channels_last), device, self, images)
 
 
-FEW, MANY = 64, 100_000  # images for which half a second of measuring doesn't pay (on a GPU half a minute of compiling); and minutes do
+FEW, MANY = 200, 100_000  # images for which a second or two of measuring doesn't pay (on a GPU half a minute of compiling); and minutes do
 
 
 class Forward:
