@@ -33,3 +33,41 @@ def shared() -> Path:
         print(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture
+def no_results(tmp_path, monkeypatch):
+    """No record of the GPU benchmarks among the tree's results, whatever was measured."""
+    from benchmarks.gpu import record, tuned
+
+    for module in (record, tuned):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "no-results")
+
+
+@pytest.fixture
+def rehearsal(tmp_path, monkeypatch):
+    """name -> a run of that part of the GPU benchmarks on the CPU."""
+    from gpu_bench import part
+
+    from benchmarks.gpu import machine, timing, worker
+
+    monkeypatch.setattr(timing, "GROUP_MS", 0.01)
+    return lambda name, found=None: worker.Run(part(name), 60.0, tmp_path, found or machine.Carried(), rehearsal=True)
+
+
+@pytest.fixture(scope="session")
+def small_pack(tmp_path_factory):
+    """A pack of four pictures of classes a and b."""
+    import numpy as np
+    from PIL import Image
+
+    from triscale.data.datasets import find
+    from triscale.data.pack import Packing, pack
+
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for i in range(4):
+        (folder / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / "data" / "ab"[i % 2] / f"{i}.jpg")
+    pack(find(str(folder / "data"), draw=False), folder / "small", Packing(32))
+    return folder / "small"

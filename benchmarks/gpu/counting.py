@@ -10,6 +10,7 @@ assumed, the rest by its data sheet.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from triscale.architecture import Arch
 
@@ -22,6 +23,16 @@ CACHE = 5.5e12  # bytes/s read from the second-level cache: what others' microbe
 LAUNCH = 1.5e-6  # seconds from one kernel of a CUDA graph to the next, beyond what they take
 AROUND = 6  # launches about the kernels: the images' copy, the head's sum and division, the classifier, the logits' copy and rounding
 SHARE = 0.70  # of each rate that a prediction counts on
+
+
+class Rates(NamedTuple):
+    """Of a device, as measured: bytes/s of a copy, FLOP/s of a bf16 product."""
+
+    bandwidth: float = BANDWIDTH
+    matrix: float = MATRIX
+
+
+H200 = Rates()
 
 
 @dataclass(frozen=True)
@@ -63,12 +74,12 @@ class Step:
         """Seconds at full bandwidth and full rates: what no kernel that moves these feature maps beats."""
         return max(self.maps / BANDWIDTH, 2 * self.matrix / MATRIX, 2 * self.vector / VECTOR)
 
-    def limits(self, instructions=None):
+    def limits(self, instructions=None, rates=H200):
         """Predicted seconds by what limits them: bytes, cache, matrix units, and instructions where machine code was read.
 
         instructions: thread instructions an output.
         """
-        found = {"bytes": self.bytes / BANDWIDTH, "cache": self.cached / CACHE, "matrix": 2 * self.matrix / MATRIX}
+        found = {"bytes": self.bytes / rates.bandwidth, "cache": self.cached / CACHE, "matrix": 2 * self.matrix / rates.matrix}
         if instructions is not None:
             found["instructions"] = elements(self.out) * instructions / ISSUED
         return {limit: seconds / SHARE for limit, seconds in found.items()}
@@ -132,9 +143,9 @@ def bound(found):
     return 1 / total([step for step in found if step.maps], lambda step: step.floor)
 
 
-def predicted(step, code):
+def predicted(step, code, rates=H200):
     """(seconds, what limits them). code: thread instructions an output, by `code_key`."""
-    found = step.limits(code.get(code_key(step)))
+    found = step.limits(code.get(code_key(step)), rates)
     limit = max(found, key=found.get)
     return found[limit], limit
 
@@ -144,9 +155,9 @@ def launches(found):
     return AROUND + total(found, lambda step: 1)
 
 
-def rate(found, code, batch):
+def rate(found, code, batch, rates=H200):
     """Images/s predicted of a CUDA graph of the network on `batch` images."""
-    return batch / (batch * total(found, lambda step: predicted(step, code)[0]) + launches(found) * LAUNCH)
+    return batch / (batch * total(found, lambda step: predicted(step, code, rates)[0]) + launches(found) * LAUNCH)
 
 
 def largest_batch(found):

@@ -95,11 +95,15 @@ def run(run, name):
     for rank in range(1 if run.rehearsal else TRIED):
         for step in found:
             label = f"{step.key}, choice {rank + 1}"
+            if step.kind == "squeeze" and step.place not in parts:
+                if not rank:
+                    run.record.note(f"{step.key}: left out, for its depthwise step, by which it gets its sums, didn't run")
+                continue
             run.attempt(label, partial(_add, run, name, step, rank, network.numerics.activation, parts), like=step.kind, guess=10)
 
 
 def _add(run, name, step, rank, act, parts):
-    """parts: of the sums, by place; filled by the depthwise step for the squeeze that follows it."""
+    """parts: of the sums, by place; filled by the first depthwise choice that runs, for the squeeze that follows."""
     batch = 1 if run.rehearsal else BATCH[name]
     choices = configurations(step, batch, parts.get(step.place, 1), shared_memory(run.device))
     if rank >= len(choices):
@@ -113,8 +117,8 @@ def _add(run, name, step, rank, act, parts):
                 positional, named = arguments(step, act, batch, parts.get(step.place, 1), run.device)
                 calls.append(partial(launch, *positional, **named, config=choices[rank]))
             result = calls[0]()
-            if step.kind == "depthwise" and result[1] is not None and not rank:
-                parts[step.place] = result[1].shape[1]
+            if step.kind == "depthwise" and result[1] is not None:
+                parts.setdefault(step.place, result[1].shape[1])
             result = None
             found = timing.in_turn({"": timing.together(calls, run.device)}, run.device, runs=run.runs)[""]
     finally:

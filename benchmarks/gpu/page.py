@@ -1,18 +1,22 @@
 """docs/gpu.md: what each kernel should take, by counting, beside what it took; and the peers. Made from results/*.json."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 from benchmarks.gpu import code, counting
 from benchmarks.gpu.counting import BANDWIDTH, CACHE, LAUNCH, MATRIX, SHARE
+from benchmarks.gpu.goals import goals
+from benchmarks.gpu.measured import by_device, copied, fastest, last, on_one_device, plain, rates_of, rows_of
 from benchmarks.gpu.parts import BATCHES, LIMIT, NETWORKS, PARTS
-from benchmarks.gpu.record import outcomes, read
+from benchmarks.gpu.record import device_of, outcomes
 from triscale.families import arch
 from triscale.files import write_text
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "gpu.md"
 NOT = "not measured"
+NOTES = 8  # of a part, at most
+UNITS = {"byte/s": "TB/s", "FLOP/s": "TFLOP/s"}
+LIBRARIES = ("timm", "torchvision")
 
 
 def main(results):
@@ -23,15 +27,15 @@ def main(results):
 
 def text(results):
     """The page from the records in `results`, those of rehearsals left out."""
-    bodies = {part.name: read(results, part.name) for part in PARTS}
-    bodies = {name: body for name, body in bodies.items() if body and not body["rehearsal"]}
+    found = by_device(results)
     per_output = code.per_output(results)
     compiler = compiled_by(results)
     read_so_far = f"(compiled by Triton {compiler}; another version's may differ)" if per_output else "(not read yet)"
-    parts = [INTRODUCTION.format(code=read_so_far), BARE, "## What was run", *measured_on(bodies), "## Whole networks", *networks(bodies, per_output)]
+    parts = [INTRODUCTION.format(code=read_so_far), BARE, "## What was to be reached", *reached(found), "## What was run", *measured_on(found)]
+    parts += ["## Whole networks", *networks(found, per_output)]
     for name in NETWORKS:
-        parts += [f"## {name.upper()}, kernel by kernel", *kernels(name, bodies, per_output)]
-    return "\n\n".join([*parts, *peers(bodies), *depthwise(bodies), *decoding(bodies)]) + "\n"
+        parts += [f"## {name.upper()}, kernel by kernel", *kernels(name, found, per_output)]
+    return "\n\n".join([*parts, *peers(found), *depthwise(found), *decoding(found)]) + "\n"
 
 
 INTRODUCTION = f"""# On a GPU
@@ -44,6 +48,7 @@ of at most {LIMIT / 60:.0f} minutes, what matters most first: `make gpu PARTS="t
 {CACHE / 1e12:.1f} TB/s from the second-level cache, assumed): each launch moves its inputs and outputs once, in bf16, at {SHARE:.0%} of the
 bandwidth; or it is bound by {SHARE:.0%} of the cache's, of the matrix units' rate, or of the instructions' by its machine code
 {{code}}, whichever takes longest. Whole networks also take {1e6 * LAUNCH:.1f} µs a launch, assumed.
+Beside the figures of a device whose own copy and product were measured, the predictions count on these; the table's head says so.
 The **bound** is bytes and arithmetic at the full rates, feature maps alone counted. The image counts as bf16 for whole networks, as
 uint8 for the stem's kernel, as each is measured. **Measured** stands beside it where it was, each table on one device, which it
 names."""
@@ -60,7 +65,10 @@ python3 -m benchmarks.gpu --carried runs/carried --remaining --minutes 9 --archi
 tar xzf results.tgz -C benchmarks/gpu/results && python -m benchmarks.gpu page
 ```
 
-`--remaining` leaves out what is done on such a device by the records in the tree, so that the same line goes on where the last one ended."""
+`--remaining` leaves out what is done on such a device by the records in the tree, so that the same line goes on where the last one ended.
+The archive also holds what tuning the kernels found, `tuned.json`, with which the next machine begins. A record is replaced only by a better
+one of the same device: one that is done, has a comparison that was lacking, or more rows. What was to be reached, and what was, is printed
+at the end."""
 
 
 def compiled_by(results):
@@ -74,47 +82,44 @@ def table(header, rows):
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def device_of(body):
-    return (body["machine"]["device"] or {}).get("name", "no device")
-
-
-def on_one_device(bodies, names):
-    """(bodies of the parts `names` from the device that most of them ran on, a line that names it and what is left out; "" where none ran)."""
-    found = {name: bodies[name] for name in names if name in bodies}
-    if not found:
-        return {}, ""
-    device = Counter(map(device_of, found.values())).most_common(1)[0][0]
-    others = [f"{name} ({device_of(body)})" for name, body in found.items() if device_of(body) != device]
-    kept = {name: body for name, body in found.items() if device_of(body) == device}
-    return kept, f"Measured on: {device}." + (f" Left out, as measured elsewhere: {', '.join(others)}." if others else "")
-
-
 def noted(note, *parts):
     return [*([note] if note else []), *parts]
 
 
-def measured_on(bodies):
-    """One row a part: where, when, how it ended."""
-    rows = []
+def reached(found):
+    """One list a device."""
+    if not found:
+        return [f"{NOT.capitalize()}.", "\n".join(f"- {line}" for line in goals({}))]
+    return [text for device, bodies in found.items() for text in (f"{device}:", "\n".join(f"- {line}" for line in goals(bodies)))]
+
+
+def measured_on(found):
+    """One row a part and device: where, when, how it ended; and what its run noted."""
+    rows, notes, lines = [], [], []
     for part in PARTS:
-        body = bodies.get(part.name)
-        if body is None:
+        here = [(device, bodies[part.name]) for device, bodies in found.items() if part.name in bodies]
+        if not here:
             rows.append([part.name, part.about, NOT, "", ""])
-            continue
-        v = body["machine"]["versions"]
-        where = f"{device_of(body)}, driver {body['machine']['smi_before'].get('driver_version')}; torch {v['torch']}, Triton {v['triton']}"
-        rows.append([part.name, part.about, f"{body['date']}, {body['ended']}", where, clock(body["machine"].get("clocks_timed"))])
-    lines = [table(["part", "what", "measured", "on", "clock while timed"], rows)]
-    tests = rows_of(bodies, "tests", "test")
-    if tests:
-        lines.append(f"Tests on the device: {', '.join(f'{n} {outcome}' for outcome, n in outcomes(tests).items())}.")
-        failed = [f"- {r['name']}: {r['message']}" for r in tests if r["outcome"] in ("failed", "error")]
-        lines += ["\n".join(failed)] if failed else []
-    ceilings = rows_of(bodies, "ceilings", "ceiling")
-    if ceilings:
-        rates = "; ".join(f"{r['what']} {r['rate'] / 1e12:.2f} T{r['unit']}" for r in ceilings)
-        lines.append(f"Ceilings of {device_of(bodies['ceilings'])}: {rates}.")
-    return lines
+        for device, body in here:
+            v = body["machine"]["versions"]
+            where = f"{device}, driver {body['machine']['smi_before'].get('driver_version')}; torch {v['torch']}, Triton {v['triton']}"
+            rows.append([part.name, part.about, f"{body['date']}, {body['ended']}", where, clock(body["machine"].get("clocks_timed"))])
+            notes += told(f"{part.name}, {device}" if len(found) > 1 else part.name, body["notes"])
+    for device, bodies in found.items():
+        if tests := rows_of(bodies, "tests", "test"):
+            lines.append(f"Tests on {device}: {', '.join(f'{n} {outcome}' for outcome, n in outcomes(tests).items())}.")
+            failed = [f"- {r['name']}: {r['message']}" for r in tests if r["outcome"] in ("failed", "error")]
+            lines += ["\n".join(failed)] if failed else []
+        if ceilings := rows_of(bodies, "ceilings", "ceiling"):
+            rates = "; ".join(f"{r['what']} {r['rate'] / 1e12:.2f} {UNITS[r['unit']]}" for r in ceilings)
+            lines.append(f"Ceilings of {device}: {rates}.")
+    return [table(["part", "what", "measured", "on", "clock while timed"], rows), *lines, *(["Noted on the way:", "\n".join(notes)] if notes else [])]
+
+
+def told(name, notes):
+    """A part's notes, the first NOTES of them."""
+    more = [f"- {name}: {len(notes) - NOTES} more, in its record"] if len(notes) > NOTES else []
+    return [f"- {name}: {note}" for note in notes[:NOTES]] + more
 
 
 def clock(found):
@@ -125,32 +130,21 @@ def clock(found):
     return f"{found['sm_mhz']:.0f} MHz ({found['sm_mhz_min']:.0f} to {found['sm_mhz_max']:.0f}){lowered}"
 
 
-def rows_of(bodies, part, kind):
-    return [r for r in bodies[part]["rows"] if r["kind"] == kind] if part in bodies else []
-
-
-def networks(bodies, per_output):
-    bodies, note = on_one_device(bodies, [f"{kind}-{name}" for kind in ("ours", "latency") for name in NETWORKS] + ["ours-top1"])
+def networks(found, per_output):
+    names = [f"{kind}-{name}" for kind in ("ours", "latency") for name in NETWORKS] + ["ours-top1"]
+    bodies, note = on_one_device(found, names, also=["ceilings"])
+    rates, device = rates_of(bodies), by_what(bodies)
     rows = []
     for name in NETWORKS:
-        found, batch = counting.steps(arch(f"efficientnet_{name}")), BATCHES[name][0]
-        counted = [f"{counting.total(found, lambda step: step.maps) / 1e6:.1f}", f"{counting.launches(found)}", f"{counting.bound(found):,.0f}"]
-        counted.append(f"{counting.rate(found, per_output, batch):,.0f} at {batch}")
+        steps, batch = counting.steps(arch(f"efficientnet_{name}")), BATCHES[name][0]
+        counted = [f"{counting.total(steps, lambda step: step.maps) / 1e6:.1f}", f"{counting.launches(steps)}", f"{counting.bound(steps):,.0f}"]
+        counted.append(f"{counting.rate(steps, per_output, batch, rates):,.0f} at {batch}")
         px = arch(f"efficientnet_{name}").resolution
         measured = [*in_turn(bodies, f"ours-{name}", "inference"), *in_turn(bodies, f"latency-{name}", "latency")]
         rows.append([f"{name.upper()}, {px} px", *counted, *measured])
-    header = [
-        "network",
-        "MB an image",
-        "launches",
-        "bound, images/s",
-        "predicted for an H200",
-        "ours at batch",
-        "from uint8",
-        "timm's best",
-        "torchvision's best",
-    ]
-    header += ["ours / timm's best", "batch 1, ms: ours", "timm's best", "torchvision's best", "timm's best / ours"]
+    header = ["network", "MB an image", "launches", "bound, images/s", f"predicted for {device}", "ours at batch", "from uint8"]
+    header += [f"{library}'s best" for library in LIBRARIES] + [f"ours / {library}'s best" for library in LIBRARIES]
+    header += ["batch 1, ms: ours", *(f"{library}'s best" for library in LIBRARIES), *(f"{library}'s best / ours" for library in LIBRARIES)]
     lines = noted(note, table(header, rows))
     for r in rows_of(bodies, "ours-top1", "agreement"):
         right = f"; right are {r['right']}, in fp32 {r['right_plain']}" if r["right"] is not None else ""
@@ -158,52 +152,55 @@ def networks(bodies, per_output):
     return lines
 
 
+def by_what(bodies):
+    """For which device predictions are: the one measured where its ceilings are there, else an H200."""
+    if not rows_of(bodies, "ceilings", "ceiling"):
+        return "an H200"
+    rates = rates_of(bodies)
+    return f"{device_of(bodies['ceilings'])} by its own {rates.bandwidth / 1e12:.2f} TB/s and {rates.matrix / 1e12:.0f} TFLOP/s"
+
+
 def in_turn(bodies, part, mode):
-    """Cells: ours, from uint8 (rates alone), each library's best with its way, and how ours compares with timm's best."""
-    rows = rows_of(bodies, part, "in turn")
-    last = {(r["library"], r["way"]): r for r in rows}
+    """Cells: ours, from uint8 (rates alone), each library's best with its way, and how ours compares with each library's best."""
+    rows, compared = last(bodies, part, "in turn"), last(bodies, part, "comparison")
     latency = mode == "latency"
 
     def cell(row, way=""):
         return NOT if row is None else f"{row['ms']:.2f}{way}" if latency else f"{row['images_per_s']:,.0f} at {row['batch']}{way}"
 
-    ours, pixels = (last.get(("triscale", way)) for way in ("ours", "ours from uint8"))
+    ours, pixels = (rows.get(("triscale", way)) for way in ("ours", "ours from uint8"))
     cells = [cell(ours, by(ours))] + ([] if latency else [cell(pixels, by(pixels))])
     best = {}
-    for (library, _), row in last.items():
+    for (library, _), row in rows.items():
         best[library] = min(row, best.get(library, row), key=lambda r: r["ms"] / r["batch"])
-    cells += [cell(best.get(library), f" ({best[library]['way']})" if library in best else "") for library in ("timm", "torchvision")]
-    top = best.get("timm")
-    against = [r for r in rows_of(bodies, part, "comparison") if top and (r["library"], r["way"]) == ("timm", top["way"])]
-    return [*cells, f"{against[-1]['times']:.2f} ({against[-1]['times_min']:.2f} to {against[-1]['times_max']:.2f})" if against else NOT]
+    cells += [cell(best.get(library), f" ({best[library]['way']})" if library in best else "") for library in LIBRARIES]
+    against = [compared.get((library, best[library]["way"])) if library in best else None for library in LIBRARIES]
+    return [*cells, *(f"{r['times']:.2f} ({r['times_min']:.2f} to {r['times_max']:.2f})" if r else NOT for r in against)]
 
 
 def by(row):
     """A warning where the row isn't the kernels' at all."""
-    return " (**not the kernels: the network itself ran**)" if row and (row["used"] or "").startswith("plain") else ""
+    return " (**not the kernels: the network itself ran**)" if row and plain(row) else ""
 
 
-def kernels(name, bodies, per_output):
+def kernels(name, found, per_output):
     """Each distinct launch, a repeated one once with its number; measured by the fastest configuration tried."""
-    bodies, note = on_one_device(bodies, [f"kernels-{name}", "ceilings"] if f"kernels-{name}" in bodies else [])
-    copied = next((r["rate"] for r in rows_of(bodies, "ceilings", "ceiling") if r["unit"] == "byte/s"), None)
-    took = {}
-    for row in rows_of(bodies, f"kernels-{name}", "kernel"):
-        took[row["key"]] = min(row, took.get(row["key"], row), key=lambda r: r["ms"])
+    bodies, note = on_one_device(found, [f"kernels-{name}"], also=["ceilings"])
+    copy, rates, took = copied(bodies), rates_of(bodies), fastest(bodies, f"kernels-{name}")
     rows, sums = [], [0.0, 0.0]
-    found = counting.steps(arch(f"efficientnet_{name}"), pixel=1)
-    for step in found:
-        seconds, limit = counting.predicted(step, per_output)
+    steps = counting.steps(arch(f"efficientnet_{name}"), pixel=1)
+    for step in steps:
+        seconds, limit = counting.predicted(step, per_output, rates)
         row = took.get(step.key)
-        measured = [short(1e3 * row["ms"] / row["batch"]), rate(row["bytes_per_s"], copied)] if row else [NOT, NOT]
+        measured = [short(1e3 * row["ms"] / row["batch"]), rate(row["bytes_per_s"], copy)] if row else [NOT, NOT]
         sums = [sums[0] + 1e6 * step.times * seconds, sums[1] + (1e3 * step.times * row["ms"] / row["batch"] if row else 0.0)]
         shape = "x".join(map(str, step.source)) + (f" -> {'x'.join(map(str, step.out))}" if step.kind != "squeeze" else f" by {step.squeezed}")
         kind = f"{step.kind} {step.kernel}x{step.kernel}" if step.kernel > 1 else step.kind
         rows.append([step.place, kind, f"{step.times}", shape, short(step.bytes / 1e6), short(1e6 * seconds), limit, *measured])
-    complete = all(step.key in took for step in found)
-    rows.append(["all", "", f"{counting.total(found, lambda step: 1)}", "", f"{counting.total(found, lambda step: step.bytes) / 1e6:.1f}"])
+    complete = all(step.key in took for step in steps)
+    rows.append(["all", "", f"{counting.total(steps, lambda step: 1)}", "", f"{counting.total(steps, lambda step: step.bytes) / 1e6:.1f}"])
     rows[-1] += [f"{sums[0]:.2f}", "", f"{sums[1]:.2f}" if complete else NOT, ""]
-    header = ["stage", "kernel", "times", "one image", "MB", "predicted for an H200, µs an image", "limited by", "measured µs an image"]
+    header = ["stage", "kernel", "times", "one image", "MB", f"predicted for {by_what(bodies)}, µs an image", "limited by", "measured µs an image"]
     return noted(note, table([*header, "measured TB/s (of this device's copy)"], rows))
 
 
@@ -211,16 +208,16 @@ def short(value):
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def rate(bytes_per_s, copied):
+def rate(bytes_per_s, copy):
     """TB/s, and its share of what the device copies where that was measured."""
-    return f"{bytes_per_s / 1e12:.2f}{f' ({bytes_per_s / copied:.0%})' if copied else ''}"
+    return f"{bytes_per_s / 1e12:.2f}{f' ({bytes_per_s / copy:.0%})' if copy else ''}"
 
 
-def peers(bodies):
+def peers(devices):
     parts = []
     for mode, title in (("inference", "inference"), ("training", "training steps")):
         with_ours = [f"ours-{name}" for name in NETWORKS] if mode == "inference" else []
-        here, note = on_one_device(bodies, [f"peers-{mode}-{name}" for name in NETWORKS] + with_ours)
+        here, note = on_one_device(devices, [f"peers-{mode}-{name}" for name in NETWORKS] + with_ours)
         rows = []
         for name in NETWORKS:
             found = rows_of(here, f"peers-{mode}-{name}", "network")
@@ -236,9 +233,9 @@ def peers(bodies):
     return parts
 
 
-def depthwise(bodies):
-    here, note = on_one_device(bodies, ["depthwise", "ceilings"] if "depthwise" in bodies else [])
-    copied = next((r["rate"] for r in rows_of(here, "ceilings", "ceiling") if r["unit"] == "byte/s"), None)
+def depthwise(devices):
+    here, note = on_one_device(devices, ["depthwise"], also=["ceilings"])
+    copy = copied(here)
     rows = {}
     for r in rows_of(here, "depthwise", "depthwise"):
         key = f"{r['way']} [{r['backend']}]: {r['pass']}"
@@ -248,12 +245,12 @@ def depthwise(bodies):
         return [title, f"{NOT.capitalize()}."]
     columns = list(dict.fromkeys(key for found in rows.values() for key in found))
     header = ["channels", "side", "kernel", "stride", "batch", *columns]
-    cells = [[*map(str, shape), *(rate(found[key], copied) if key in found else "—" for key in columns)] for shape, found in rows.items()]
+    cells = [[*map(str, shape), *(rate(found[key], copy) if key in found else "—" for key in columns)] for shape, found in rows.items()]
     return [title, *noted(note, table(header, cells))]
 
 
-def decoding(bodies):
-    here, note = on_one_device(bodies, ["decode"])
+def decoding(devices):
+    here, note = on_one_device(devices, ["decode"])
     rows = [[r["data"], r["way"], f"{r['batch']}", f"{r['images_per_s']:,.0f}", f"{r['on_cpu']}"] for r in rows_of(here, "decode", "decode")]
     shown = table(["pictures", "way", "batch", "images/s", "of them on the CPU"], rows) if rows else f"{NOT.capitalize()}."
     return ["## JPEG decoding", *noted(note, shown)]

@@ -1,6 +1,7 @@
 """What a part leaves behind: one JSON file, whole at any time, whose rows have fixed columns."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -58,18 +59,23 @@ def _columns(found, expected, where):
             raise ValueError(f"{where}: {name} is {found[name]!r}, a {type(found[name]).__name__}")
 
 
-def path_of(folder, part):
-    return Path(folder) / f"{part}.json"
+def path_of(folder, part, device=None):
+    """device: its name; each has records of its own."""
+    return Path(folder) / f"{part}.{re.sub(r'[^a-z0-9]+', '-', (device or 'cpu').lower())}.json"
 
 
-def write(folder, body):
+def device_of(body):
+    """The name of the device that it was measured on, None where there was none."""
+    return (body["machine"].get("device") or {}).get("name")
+
+
+def write(path, body):
     check(body)
-    write_text(path_of(folder, body["part"]), json.dumps(body, indent=1) + "\n")
+    write_text(path, json.dumps(body, indent=1) + "\n")
 
 
-def read(folder, part):
-    """The record of a part, None where there is none. Raises ValueError for a file that is something else."""
-    path = path_of(folder, part)
+def read(path):
+    """The record at `path`, None where there is none. Raises ValueError for a file that is something else."""
     if not path.is_file():
         return None
     body = json.loads(path.read_text(encoding="utf-8"))
@@ -85,14 +91,28 @@ def read_earlier(folder, part, device, *, rehearsal=False):
 
     One of another version, or on another device, counts as none.
     """
+    name = (device or {}).get("name")
     for place in dict.fromkeys((Path(folder), RESULTS)):
         try:
-            body = read(place, part)
+            body = read(path_of(place, part, name))
         except ValueError:  # of another version: nothing to build on
             continue
-        if body and body["rehearsal"] == rehearsal and (body["machine"].get("device") or {}).get("name") == (device or {}).get("name"):
+        if body and body["rehearsal"] == rehearsal and device_of(body) == name:
             return body
     return None
+
+
+def compared(body):
+    """(library, way) of the peers that ours was timed in turn with, where it ran by its kernels."""
+    rows = [row for row in body["rows"] if row["kind"] == "comparison" and not (row["used"] or "").startswith("plain")]
+    return {(row["library"], row["way"]) for row in rows}
+
+
+def better(body, old):
+    """Whether a record is to take the place of an older one: it is done; or the older isn't, and lacks a comparison or has fewer rows."""
+    if old is None or body["ended"] == "done":
+        return True
+    return old["ended"] != "done" and (not compared(body) <= compared(old) or len(body["rows"]) > len(old["rows"]))
 
 
 def outcomes(rows):
@@ -102,12 +122,18 @@ def outcomes(rows):
 
 
 class Record:
-    """The record of a part that runs: each row is on disk when `add` returns. add: columns as COLUMNS[kind] has them."""
+    """The record of a part that runs: each row is on disk when `add` returns. add: columns as COLUMNS[kind] has them.
+
+    An earlier record of the part on such a device, here or in the tree, stays until this one is `better`; so long this one lies beside
+    its place, at `waiting`.
+    """
 
     def __init__(self, folder, part, machine, limit, rehearsal=False):
-        self.folder, self.start = folder, time.monotonic()
+        self.start = time.monotonic()
         self.body = {"format": FORMAT, "part": part, "date": time.strftime("%Y-%m-%d"), "rehearsal": rehearsal, "machine": machine}
         self.body |= {"limit_s": limit, "seconds": 0.0, "ended": "running", "notes": [], "rows": []}
+        self.path, device = path_of(folder, part, device_of(self.body)), machine.get("device")
+        self.waiting, self.old = waiting(self.path), read_earlier(folder, part, device, rehearsal=rehearsal)
         self.save()
 
     def add(self, kind, **columns):
@@ -127,4 +153,13 @@ class Record:
 
     def save(self):
         self.body["seconds"] = round(time.monotonic() - self.start, 1)
-        write(self.folder, self.body)
+        if better(self.body, self.old):
+            write(self.path, self.body)
+            self.waiting.unlink(missing_ok=True)
+        else:
+            write(self.waiting, self.body)
+
+
+def waiting(path):
+    """Where a record lies that isn't better than the one at `path`."""
+    return path.with_name(path.name + ".new")

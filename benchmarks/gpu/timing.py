@@ -93,9 +93,9 @@ def together(calls, device):
 
 
 def forget(device):
-    """Gives memory back that nothing holds any more."""
-    gc.collect()
+    """Gives memory of a GPU back that nothing holds any more."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

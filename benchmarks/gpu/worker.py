@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from benchmarks.gpu import interpreter, machine
+from benchmarks.gpu import interpreter, machine, tuned
 from benchmarks.gpu.clocks import Sampler
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.record import Record, read_earlier
@@ -98,6 +98,8 @@ def main():
     if options.rehearse:
         interpreter.mend()
     part = next(p for p in PARTS if p.name == options.part)
+    if part.name != "tests":  # which are to find nothing there, and to leave nothing
+        tuned.use(options.out)
     run = Run(part, options.seconds, options.out, found, rehearsal=options.rehearse)
     sampler = Sampler()
     try:
