@@ -19,6 +19,7 @@ from PIL import Image
 
 from triscale.files import write_text
 from triscale.quantities import short
+from triscale.text import first_line
 
 BLUE, GREY = "#1f5fa8", "#777777"
 # Distinct in grey print too: each way has a marker and a line style of its own.
@@ -51,7 +52,7 @@ def _results_page(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
         kind = data.get("kind")
     except (ValueError, AttributeError, OSError) as error:
-        raise ReportError(f"{path}: can't be read ({str(error).splitlines()[0]})") from None
+        raise ReportError(f"{path}: can't be read ({first_line(error)})") from None
     if kind == "evaluation":
         raise ReportError(f"{path.parent}: an evaluation, which has no page; its findings are in results.json, its picture in confusion.png")
     if kind not in ("demo", None):

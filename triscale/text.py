@@ -10,6 +10,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line: at most 200 characters of its first; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Container[int] = (0,), total: bool = False) -> str:
     """Columns two spaces apart; those in `left` flush left, the rest right. total: a rule before the last row."""
     rows = [[printable(cell) for cell in row] for row in rows]

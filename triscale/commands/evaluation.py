@@ -91,9 +91,8 @@ def eval(
         return 0  # a status above 0 would make torchrun stop the process that is still writing
     _tell_failures(work, images)
     results = findings(work.scores, images, list(work.failures), work.seconds, allowed)
-    results |= {"data": Path(data).resolve().name, "weights": Path(weights).name if Path(weights).exists() else weights} | _setting(
-        card, speed, world, work
-    )
+    results |= {"data": Path(data).resolve().name, "weights": Path(weights).name if Path(weights).exists() else weights}
+    results |= _setting(card, speed, world, work)
     write_findings(out, results, work.scores, images.names, card.classes)
     if submission and ids:
         write_submission(submission, work.scores, images.names, ids)

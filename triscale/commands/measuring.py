@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from triscale.commands.networks import read_arch
 from triscale.quantities import short
 from triscale.text import aligned
+
+if TYPE_CHECKING:
+    from triscale.inference import Optimized
 
 PAPER_TABLE_4 = "The paper's Table 4 (one core of a Xeon E5-2690): ResNet-152 0.554 s, EfficientNet-B1 0.098 s, a ratio of 5.7."
 
@@ -67,14 +71,18 @@ def bench(
         rate = f"{macs * batch / t.median / 1e9:.1f}"
         rows.append((name, f"{archs[name].resolution}", short(macs), *seconds, rate, f"{t.median / base:.2f}"))
     where = f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
-    ways = sorted({way for net in nets.values() for way in (["eager"] if isinstance(net.engine, str) else net.engine.used)})
-    how = "eager, channels-last, float32" if ways == ["eager"] else f"optimised ({', '.join(ways)})"
-    print(f"batch {batch}, {where}, {runs} runs in turn, torch {torch.__version__}, {how}, in ms")
+    print(f"batch {batch}, {where}, {runs} runs in turn, torch {torch.__version__}, {_computed(nets.values())}, in ms")
     print(aligned(("network", "px", "MACs", "mean", "sd", "median", "fastest", "GMAC/s", f"/ {reference}"), rows))
     if {"resnet152", "efficientnet_b1"} <= set(archs):
         print(f"\n{PAPER_TABLE_4}")
         print(f"Here, medians: {timings['resnet152'].median / timings['efficientnet_b1'].median:.1f}.")
     return 0
+
+
+def _computed(nets: Iterable[Optimized]) -> str:
+    """How the networks were computed, in words."""
+    ways = sorted({way for net in nets for way in (["eager"] if isinstance(net.engine, str) else net.engine.used)})
+    return "eager, channels-last, float32" if ways == ["eager"] else f"optimised ({', '.join(ways)})"
 
 
 def reproduce(name: str, /, out: Path | None = None, study: Path | None = None) -> int:

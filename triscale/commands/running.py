@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from triscale.text import first_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -239,7 +241,7 @@ def available(device: str, world: int = 1) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {device}: {first_line(error)}") from None
     return device
 
 

@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from triscale.data.datasets import EVALUATION_FOLDERS, NAMED, DataError
 from triscale.data.decode import IMAGE_SUFFIXES
 from triscale.imagenet import CLASSES, imagenet_classes
-from triscale.text import printable
+from triscale.text import first_line, printable
 
 _VALIDATION = re.compile(r"_val_(\d{8})\.")  # ILSVRC2012_val_00000001.JPEG, the first
 _REMEDY = "give --labels FILE.csv with the columns wnid,index or file,label"
@@ -87,7 +87,7 @@ def real_labels(path: Path, names: Iterable[str], classes: int) -> list[tuple[in
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: no JSON file that can be read ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: no JSON file that can be read ({first_line(error)})") from None
     good = isinstance(table, list) and all(isinstance(row, list) and all(type(c) is int and 0 <= c < CLASSES for c in row) for row in table)
     if not good:
         raise DataError(f"{path}: expected a list of lists of class indices from 0 to {CLASSES - 1}, as in ReaL's real.json")

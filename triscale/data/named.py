@@ -17,7 +17,7 @@ from triscale.data.cache import locked
 from triscale.data.sources import Arrays, DataError, Folder, Joined, parts
 from triscale.files import cache_folder, write_whole
 from triscale.recipes import FINETUNE
-from triscale.text import printable
+from triscale.text import first_line, printable
 
 if TYPE_CHECKING:
     from triscale.data.datasets import Listing, Watch
@@ -133,7 +133,7 @@ def _torchvision(kind: str, root: Path, name: str, **split: Any) -> Any:
     try:
         return getattr(datasets, kind)(str(root), download=False, **split)
     except (RuntimeError, ImportError, OSError, ValueError, KeyError) as error:  # ImportError: SciPy, which reads .mat files
-        raise DataError(f"{name}: {root}: {(str(error).splitlines() or ['?'])[0]}; {_expected(name)}") from None
+        raise DataError(f"{name}: {root}: {first_line(error)}; {_expected(name)}") from None
 
 
 def _by_torchvision(name: str, root: Path) -> Listing:

@@ -20,7 +20,7 @@ from triscale.data.cache import locked
 from triscale.data.sources import DataError, Slices, Texts, parts, split_of
 from triscale.files import cache_folder, write_whole
 from triscale.quantities import size as size_text
-from triscale.text import printable
+from triscale.text import first_line, printable
 
 if TYPE_CHECKING:
     from triscale.data.datasets import Listing, Watch
@@ -94,7 +94,7 @@ def _open(path: Path) -> Any:
     try:
         file = pq.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no Parquet file that can be read ({_line(error)})") from None
+        raise DataError(f"{path}: no Parquet file that can be read ({first_line(error)})") from None
     _check_sizes(file.metadata, path)
     return file
 
@@ -107,10 +107,6 @@ def _check_sizes(about: Any, path: Path) -> None:
     most = max((about.row_group(i).total_byte_size for i in range(about.num_row_groups)), default=0)
     if most > GROWTH * there + (1 << 20):
         raise DataError(f"{path}: a row group unpacks to {most} bytes, more than {GROWTH} times the file's size; it is not what it seems")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _column(file: Any, known: tuple[str, ...], path: Path) -> str:
@@ -235,4 +231,4 @@ def _encoded(path: Path, out: IO[bytes]) -> Iterator[np.ndarray]:
             lengths = [out.write(memoryview(f.as_buffer())) if f.is_valid else 0 for f in files]
             yield np.array(lengths, np.int64)
     except (pa.ArrowInvalid, pa.ArrowIOError) as error:
-        raise DataError(f"{path}: corrupt Parquet ({_line(error)})") from None
+        raise DataError(f"{path}: corrupt Parquet ({first_line(error)})") from None

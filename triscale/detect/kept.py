@@ -22,7 +22,7 @@ from triscale.detect.coco import BoxData
 from triscale.detect.evaluate import Scores
 from triscale.run_log import LogError
 from triscale.run_log.pictures import load_arrays, save_arrays
-from triscale.text import printable
+from triscale.text import first_line, printable
 
 SAMPLES, FOUND = "samples.npz", "found.npz"
 VIEWS = 9  # training views kept
@@ -236,7 +236,7 @@ def _unpacked(path: Path, body: Mapping[str, np.ndarray]) -> tuple[Kept, ...]:
             high, wide, _ = decode(file, name=printable(name)).shape
             out.append(Kept(name, file, high, wide, true, found))
     except (BadImage, ValueError, IndexError) as error:
-        raise LogError(f"{path}: its arrays don't go together ({str(error).splitlines()[0]})"[:300]) from None
+        raise LogError(f"{path}: its arrays don't go together ({first_line(error)})"[:300]) from None
     return tuple(out)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from triscale.detect.retinanet import Detector
 from triscale.detector import DetectorArch
 from triscale.files import write_whole
+from triscale.text import first_line
 from triscale.weights.dialects import WeightsError, dialect_of, names
 from triscale.weights.match import COUNTERS, Match, strict
-from triscale.weights.model_file import first_line
 from triscale.weights.parts import Shape, tensors
 from triscale.weights.readers import Stored, open_tensors
 

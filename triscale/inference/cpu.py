@@ -30,6 +30,7 @@ from triscale.inference.notices import Tell
 from triscale.inference.steps import Step
 from triscale.inference.tuning import Choices, Question, measure, network, processor
 from triscale.model import ConvNet
+from triscale.text import first_line
 
 Way = Callable[[Tensor], Tensor]
 Kind = Literal["plain", "compiled", "onednn fused", "onednn", "folded"]
@@ -192,8 +193,7 @@ class CPU:
         except Exception as error:  # no compiler, an operator that this torch or processor lacks: of many kinds
             if name == "plain":
                 raise
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.tell(f"optimize: '{name}' doesn't run here and is left out ({why})")
+            self.tell(f"optimize: '{name}' doesn't run here and is left out ({first_line(error)})")
             return None
 
     def _compute(self, name: str, x: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from torch import Tensor
 from triscale.inference.agreement import agree, comparable, no_worse
 from triscale.inference.executor import execute
 from triscale.inference.kernel_steps import Triton
-from triscale.inference.kernel_tuning import Tuner, first_line
+from triscale.inference.kernel_tuning import Tuner
 from triscale.inference.lowering import lower, plain_kinds
 from triscale.inference.notices import Tell
 from triscale.inference.steps import Plain
 from triscale.model import ConvNet
+from triscale.text import first_line
 
 GRAPHS = 8  # input shapes whose graphs are kept, with their memory
 SHAPES = 4  # whose kernels are measured; those of others take the likely fastest configuration, or one that is known

@@ -14,6 +14,7 @@ import torch
 from triscale.inference.notices import Tell
 from triscale.inference.tuning import Choices
 from triscale.kernels.machine import interpreted, shared_memory
+from triscale.text import first_line
 
 TRIED = 4  # of each kernel's configurations, the likely fastest first: each is compiled, which takes the better part of a second
 T = TypeVar("T")
@@ -113,10 +114,6 @@ class Tuner:
                 run(configs[name])
                 errors[name] = None
         return {name: error for name, error in errors.items() if error is not None}
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _fewest_programs(kernel: str, sizes: Mapping[str, Any], configs: Callable[[], Sequence[Any]]) -> Any:

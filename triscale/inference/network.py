@@ -17,6 +17,7 @@ from triscale.inference.notices import Once, Tell, warn
 from triscale.kernels.machine import unsupported
 from triscale.model import ConvNet
 from triscale.naming import unknown
+from triscale.text import first_line
 
 Engine = Literal["auto", "torch", "triton"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -71,11 +72,12 @@ class Optimized(nn.Module):
         engine, pixels = self.engine, x.dtype == torch.uint8
         if pixels and (isinstance(engine, str) or not engine.takes_pixels):
             x = self._normalised(x)
-        reason = engine if isinstance(engine, str) else "" if self._wanted == "torch" else _reason(x)
-        if isinstance(engine, str) or reason or self._wanted == "torch":
-            if reason:
-                self._tell(f"optimize: {reason}; the network runs as it is")
-            return cast(Tensor, self.net(x.to(next(self.net.parameters()).dtype)).float() if pixels else self.net(x))
+        if isinstance(engine, AsItIs):
+            return engine(x, pixels)
+        if reason := engine if isinstance(engine, str) else _reason(x):
+            self._tell(f"optimize: {reason}; the network runs as it is")
+            return AsItIs(self.net)(x, pixels)
+        assert not isinstance(engine, str)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return engine(x).to(x.dtype if x.is_floating_point() else torch.float32)
 
@@ -110,7 +112,7 @@ class Optimized(nn.Module):
         try:
             copied = copy.deepcopy(net).requires_grad_(False)
         except (RuntimeError, TypeError) as error:  # weights that are computed, as pruning's are, and whatever else a user's module holds
-            return f"the network can't be copied ({str(error).splitlines()[0]})"
+            return f"the network can't be copied ({first_line(error)})"
         if self._wanted == "triton" or weight.device.type == "cuda":
             if why := unsupported(weight.device):
                 return why
@@ -174,8 +176,9 @@ class AsItIs:
         self.plain: list[str] = []
         self.used = ("eager",)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.net(x))
+    def __call__(self, x: Tensor, pixels: bool = False) -> Tensor:
+        """pixels: x was some, normalised in float32, which a network in another type doesn't take."""
+        return cast(Tensor, self.net(x.to(next(self.net.parameters()).dtype)).float() if pixels else self.net(x))
 
 
 def _unfit(net: ConvNet) -> str:

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from triscale.files import write_whole
 from triscale.run_log.lines import LogError
+from triscale.text import first_line
 
 SAMPLES, HELD_OUT = "samples.npz", "held_out.npz"
 TOP = 5  # classes kept of each held-out image
@@ -151,7 +152,7 @@ def load_arrays(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray] | No
         with np.load(path, allow_pickle=False) as file:
             body = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise LogError(f"{path}: can't be read ({(str(error) or type(error).__name__).splitlines()[0]})"[:300]) from None
+        raise LogError(f"{path}: can't be read ({first_line(error)})"[:300]) from None
     missing = [name for name in wanted if name not in body]
     if missing:
         raise LogError(f"{path}: expected the arrays {', '.join(wanted)}; missing: {', '.join(missing)}")

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triscale.text import first_line
+
 FORMAT = 1
 KEY = "triscale-state"
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -344,7 +346,7 @@ def _told(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StateError(f"{path}: {(error.strerror or type(error).__name__).lower()}") from None
     except (ValueError, TypeError, KeyError, RecursionError, struct.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error)
         raise StateError(f"{path}: not a whole checkpoint ({reason})") from None
 
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from triscale.text import first_line
+
 T = TypeVar("T")
 # A peer that says nothing for so long has failed: longer than any step, save, compilation or batch of an evaluation, by which
 # the processes' parts of it differ; shorter than a night. A process that is killed is noticed at once on gloo and by torchrun.
@@ -70,7 +72,7 @@ def _meet(rank: int, size: int, backend: str) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError; a variable that is missing a ValueError
         where = f"{os.environ.get('MASTER_ADDR', 'no MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'no MASTER_PORT')}"
-        raise ConnectionError(f"process {rank} of {size} found no others at {where}: {str(error).splitlines()[0]}") from None
+        raise ConnectionError(f"process {rank} of {size} found no others at {where}: {first_line(error)}") from None
 
 
 def _fresh(store: Store, rank: int, size: int) -> Store:
@@ -123,7 +125,7 @@ def _device(name: str, local_rank: int, size: int) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ValueError(f"device {name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {name}: {first_line(error)}") from None
 
 
 def local_batch(images: int, world: World) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from triscale.blocks import BatchNorm
 from triscale.recipe import Recipe
+from triscale.text import first_line
 from triscale.train.advprop import auxiliary_norms, clean_norm_parameters, evaluating, perturb
 from triscale.train.optim import clip, learning_rate
 from triscale.train.plan import Plan
@@ -218,7 +219,7 @@ class _Stepper:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler's own, of which there are many
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            reason = first_line(error)
             self._notes.append(Note(f"torch.compile failed, going on without it: {reason}"))
             self.compiled = {}
             return model(x)

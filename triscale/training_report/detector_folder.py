@@ -15,7 +15,8 @@ from triscale.detect.model_file import KEY, DetectorCard
 from triscale.detector import DetectorArch
 from triscale.report import ReportError
 from triscale.run_log import LogError
-from triscale.training_report.folder import ARCH, MODEL, Run, first_line, parsed, read_json, read_lines, read_metadata, read_recipe, read_text
+from triscale.text import first_line
+from triscale.training_report.folder import ARCH, MODEL, Run, parsed, read_json, read_lines, read_metadata, read_recipe, read_text
 
 
 @dataclass(frozen=True)

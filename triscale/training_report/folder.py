@@ -12,7 +12,7 @@ from triscale.architecture import Arch
 from triscale.detector import is_detector
 from triscale.report import ReportError
 from triscale.run_log import HeldOut, Log, LogError, Samples, read_held_out, read_log, read_samples
-from triscale.text import printable
+from triscale.text import first_line, printable
 from triscale.weights.model_file import KEY, ModelCard
 
 MODEL, ARCH = "model.safetensors", "arch.json"
@@ -150,7 +150,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ReportError(f"{path}: expected an object")
     return data
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

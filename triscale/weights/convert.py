@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from triscale.architecture import Arch
 from triscale.files import write_whole
 from triscale.model import ConvNet
+from triscale.text import first_line
 from triscale.weights.dialects import Dialect, WeightsError, dialect_of
 from triscale.weights.load import write_state
 from triscale.weights.model_file import ModelCard, save_model
@@ -65,7 +66,7 @@ def write_as(path: str | os.PathLike[str], net: ConvNet, card: ModelCard, target
             else:
                 torch.save({"state_dict": state} if target == "openmmlab" else state, temporary)
         except (SafetensorError, RuntimeError) as error:  # a full disk comes as these
-            raise OSError(f"{path}: could not be written ({(str(error).splitlines() or ['no reason given'])[0][:160]})") from None
+            raise OSError(f"{path}: could not be written ({first_line(error)})") from None
 
     write_whole(path, write)
     return differences(net.arch, dialect)

@@ -19,6 +19,7 @@ from urllib.parse import quote, urlsplit
 from triscale import files
 from triscale.download import FetchError, Progress, download
 from triscale.files import lock
+from triscale.text import first_line
 from triscale.weights.zoo import Entry
 
 HUB_FILE = "model.safetensors"
@@ -148,7 +149,7 @@ def _from_hub(entry: Entry, offline: bool) -> Path:
             return Path(hf_hub_download(entry.where, HUB_FILE, cache_dir=folder, local_files_only=local, token=False))
         except Exception as error:  # its own, and those of whichever library it makes connections with
             reason = error.__cause__ or error  # the client says "locate the file" of everything; below it lies what happened
-            problem = (str(reason).splitlines() or [type(reason).__name__])[0][:200]
+            problem = first_line(reason)
     what = "not in the cache, and offline" if offline else f"the Hugging Face hub: {problem}"
     raise FetchError(f"{entry.where}: {what}; {by_hand}") from None
 

@@ -22,6 +22,7 @@ from triscale.architecture import Arch
 from triscale.files import write_whole
 from triscale.model import ConvNet, build
 from triscale.recipe import Preprocess
+from triscale.text import first_line
 
 FORMAT = 1
 KEY = "triscale"
@@ -144,8 +145,3 @@ def difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, .
         "wrong shape": [n for n in wanted if n in found and wanted[n] != found[n]],
     }
     return "; ".join(f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in kinds.items() if names)
-
-
-def first_line(error: Exception) -> str:
-    """Of its message, at most 200 characters; its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

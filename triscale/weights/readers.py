@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from triscale.text import first_line
 from triscale.weights import tensorflow
 from triscale.weights.dialects import WeightsError
 from triscale.weights.keras import check_sizes, read_keras
@@ -79,8 +80,7 @@ def open_tensors(source: str | os.PathLike[str] | Mapping[str, Tensor], *, raw: 
 
 
 def _unreadable(path: Path, error: Exception) -> WeightsError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return WeightsError(f"{path}: not a checkpoint that can be read safely ({reason[:160]})")
+    return WeightsError(f"{path}: not a checkpoint that can be read safely ({first_line(error)[:160]})")
 
 
 def _mapping(label: str, state: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> Stored:
